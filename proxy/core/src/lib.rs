@@ -1,0 +1,7 @@
+//! Mantle's protocol and decision code: bytes and snapshots in, events and values out.
+//!
+//! Nothing here performs I/O, reads a clock or draws randomness: time, random numbers and bytes are
+//! arguments. `clippy.toml` bans what would break that. The rim (`../src`) carries out what is decided here.
+
+pub mod model;
+pub mod reasons;

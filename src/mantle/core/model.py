@@ -1,0 +1,101 @@
+"""What a platform tells the mesh about the world, as immutable values.
+
+A `Snapshot` is the only way state travels: one writer (the platform) makes them, readers keep one for a whole
+decision. Field names follow the Kubernetes API (https://kubernetes.io/docs/reference/kubernetes-api/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+EMPTY: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """The name of a namespaced object."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerPort:
+    """A port that a pod's container declares. `name` may be empty."""
+
+    name: str
+    port: int
+    protocol: str = "TCP"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The workload a pod belongs to, as users name it: `Deployment/web`, never the ReplicaSet between. A pod of its own: `Pod/NAME`."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A pod that has an address."""
+
+    key: Key
+    uid: str
+    ip: str
+    service_account: str
+    owner: Owner
+    labels: Mapping[str, str] = EMPTY
+    annotations: Mapping[str, str] = EMPTY
+    ports: tuple[ContainerPort, ...] = ()
+    phase: str = "Running"
+    ready: bool = False
+    node: str = ""
+    host_network: bool = False
+    proxy_started: bool = False
+    """True once a `mantle-proxy` container of this pod has started: with the control-plane label, the pod has an identity."""
+    probe_paths: tuple[tuple[int, str], ...] = ()
+    """(port, path) of each httpGet probe: reachable without identity where the policy would refuse."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    name: str
+    port: int
+    target_port: int | str
+    """A number, or the name of a container port. Equal to `port` where the manifest leaves it out."""
+    protocol: str = "TCP"
+    app_protocol: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    key: Key
+    cluster_ip: str
+    """An address, or `None` as text for a headless service (Kubernetes spells it so)."""
+    ports: tuple[ServicePort, ...] = ()
+    selector: Mapping[str, str] = EMPTY
+    annotations: Mapping[str, str] = EMPTY
+    publish_not_ready: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    name: str
+    labels: Mapping[str, str] = EMPTY
+    annotations: Mapping[str, str] = EMPTY
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything the mesh knows, at one version. Versions grow; equal versions are equal content."""
+
+    version: int = 0
+    pods: Mapping[Key, Pod] = field(default_factory=dict)
+    services: Mapping[Key, Service] = field(default_factory=dict)
+    namespaces: Mapping[str, Namespace] = field(default_factory=dict)

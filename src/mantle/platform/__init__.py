@@ -1,0 +1,1 @@
+"""Where Mantle runs: `port` is the contract, `machine` one Linux machine, `kubernetes` (later) a cluster."""

@@ -1,0 +1,126 @@
+"""What the node runtime is told to run: a pod with every question answered, as plain values that survive JSON.
+
+The daemon's planner (`plan.py`) makes these from manifests; the supervisor (`supervisor.py`) carries them out and
+decides nothing about images, users, services or the mesh. Durations are seconds, addresses dotted IPv4 text.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Role(enum.StrEnum):
+    INIT = "init"
+    """Runs to completion before the next container starts."""
+    SIDECAR = "sidecar"
+    """An init container with restartPolicy Always: starts in init order, is waited for until started, stops last."""
+    APP = "app"
+
+
+class Restart(enum.StrEnum):
+    ALWAYS = "Always"
+    ON_FAILURE = "OnFailure"
+    NEVER = "Never"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSpec:
+    """One probe. Exactly one of `http`, `tcp`, `exec` is set. The daemon sends http and tcp from the router; the supervisor runs exec."""
+
+    http: tuple[str, int, str] | None = None
+    """(scheme, port, path)"""
+    http_headers: tuple[tuple[str, str], ...] = ()
+    tcp: int | None = None
+    exec: tuple[str, ...] | None = None
+    initial_delay: float = 0.0
+    period: float = 10.0
+    timeout: float = 1.0
+    success: int = 1
+    failure: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class MountSpec:
+    """A directory or file of the host (already made by the daemon, in the pod's state directory for volumes), bound into one container."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSpec:
+    name: str
+    role: Role
+    argv: tuple[str, ...]
+    """`argv[0]` is an absolute path on the host; the supervisor opens it before it gives up its rights."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = "/"
+    uid: int = 65534
+    """Host uid as root; ignored (the one mapped uid) in a user namespace."""
+    gid: int = 65534
+    groups: tuple[int, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    """Kept in the bounding, permitted and ambient sets: only Mantle's own containers get any (NET_ADMIN for the redirect)."""
+    own_user_namespace: bool = True
+    """Rootless: put the process in a nested user namespace, out of reach of the proxy. False for Mantle's own containers."""
+    mounts: tuple[MountSpec, ...] = ()
+    startup: ProbeSpec | None = None
+    readiness: ProbeSpec | None = None
+    liveness: ProbeSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PodSpec:
+    uid: str
+    namespace: str
+    name: str
+    ip: str
+    restart: Restart
+    containers: tuple[ContainerSpec, ...]
+    """In start order: init and sidecar containers as listed, then apps."""
+    hostname: str = ""
+    resolv_conf: str = ""
+    hosts: str = ""
+    grace: float = 30.0
+    """terminationGracePeriodSeconds"""
+    expose: tuple[str, ...] = ()
+    """Host directories that must be reachable for this pod's users though an ancestor is private (a checkout in a home directory)."""
+    spec_hash: str = ""
+    """Of the manifest it was planned from: a pod whose hash changed is replaced."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Opaque to the runtime: what the daemon wants back after it restarted (owner, labels, ports, …)."""
+
+
+class Phase(enum.StrEnum):
+    PENDING = "Pending"
+    RUNNING = "Running"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerStatus:
+    name: str
+    state: str
+    """`waiting`, `running` or `terminated`."""
+    reason: str = ""
+    """`PodInitializing`, `CrashLoopBackOff`, `StartError`, `Completed`, `Error`, … as kubectl shows it."""
+    message: str = ""
+    pid: int = 0
+    """In the node's PID namespace; 0 unless running."""
+    started: bool = False
+    """Running, and its startup probe (if any) has passed."""
+    exit_code: int | None = None
+    restarts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PodStatus:
+    uid: str
+    phase: Phase
+    containers: tuple[ContainerStatus, ...] = ()
+    message: str = ""

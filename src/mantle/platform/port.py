@@ -1,0 +1,45 @@
+"""The platform port: what identity, destination and viz need from wherever they run, and nothing more.
+
+Implemented by `platform.remote` (the `mantle.v1.Platform` client that control-plane pods use on one machine) and, later,
+by `platform.kubernetes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mantle.core.model import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClaims:
+    """Who a reviewed token belongs to."""
+
+    namespace: str
+    service_account: str
+    pod: str
+    pod_uid: str
+    pod_ip: str
+    """The address of the pod the token is bound to, as the platform knows it now."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRejected:
+    """Why a token was not accepted. `reason` is one of `core.reasons.TokenReason`; `detail` says what was found and what was wanted."""
+
+    reason: str
+    detail: str
+
+
+class Platform(Protocol):
+    """The world as the mesh sees it."""
+
+    def watch(self) -> AsyncIterator[Snapshot]:
+        """Yields the newest snapshot, then each newer one; never ends by itself, reconnects by itself, never a backlog."""
+        ...
+
+    async def review_token(self, token: bytes, audiences: Sequence[str]) -> TokenClaims | TokenRejected:
+        """Checks signature, audience, expiry and that the bound pod still exists (Kubernetes TokenReview)."""
+        ...
