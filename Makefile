@@ -1,0 +1,32 @@
+# Each target is a line or two; the work is in scripts/.   PROFILE=dev builds the proxy quickly, for daily work.
+PROFILE ?= release
+FOR ?=
+
+.PHONY: demo test install lint fmt gen bench wheels lock
+
+demo: install
+	@.venv/bin/mantle demo $(if $(FOR),--for $(FOR))
+
+test: install
+	@scripts/test.sh
+
+install:
+	@scripts/install.sh $(PROFILE)
+
+lint: install
+	@scripts/lint.sh
+
+fmt: install
+	@scripts/fmt.sh
+
+gen: install
+	@scripts/gen.sh
+
+bench: install
+	@scripts/bench.sh
+
+wheels: install
+	@scripts/wheels.sh
+
+lock: install
+	@scripts/lock.sh

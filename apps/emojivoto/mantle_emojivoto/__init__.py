@@ -1,0 +1,1 @@
+"""emojivoto: the demo application (web, emoji, voting, vote-bot)."""
