@@ -1,0 +1,137 @@
+"""The CLI's client of a mesh's daemon: HTTP and JSON over the Unix socket `api.sock`, standard library only.
+
+Which mesh: the one named, else the only one that runs; where several run, an error lists them. Every failure is a
+`Failure` with its fix: no socket error reaches the user. Importing grpc or aiohttp here would slow every command's start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from mantle.cli.output import Failure, Problem
+
+
+def state_root() -> Path:
+    """Where this user's meshes live: tmpfs, one directory a mesh."""
+    if os.geteuid() == 0:
+        return Path("/run/mantle")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "mantle" if runtime else Path(f"/dev/shm/mantle-{os.geteuid()}")
+
+
+def running_meshes(root: Path) -> list[str]:
+    """Names of the meshes under `root` whose daemon accepts connections, sorted."""
+    try:
+        candidates = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    except OSError:
+        return []
+    return [name for name in candidates if _answers(root / name / "api.sock")]
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+class MachineClient:
+    """Requests to one mesh's daemon. `mesh` None: the only one running."""
+
+    def __init__(self, mesh: str | None = None, root: Path | None = None) -> None:
+        self.root = root or state_root()
+        self.mesh = mesh or self._only_one()
+        self.socket_path = self.root / self.mesh / "api.sock"
+
+    def _only_one(self) -> str:
+        meshes = running_meshes(self.root)
+        if not meshes:
+            raise Failure("no mesh is running", fix="start one with `mantle demo` or `mantle up FILE`")
+        if len(meshes) > 1:
+            raise Failure(f"several meshes are running: {', '.join(meshes)}", fix="say which one with --mesh NAME")
+        return meshes[0]
+
+    def get(self, path: str, **query: str | int) -> Any:
+        """The decoded JSON answer of `GET path`."""
+        return self._json("GET", _with_query(path, query), None)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """The decoded JSON answer of `POST path` with a JSON body."""
+        return self._json("POST", path, body)
+
+    def stream(self, path: str, body: Any = None) -> Iterator[dict[str, Any]]:
+        """The objects of an NDJSON answer to `POST path`, each as it comes; closing the iterator ends the request."""
+        connection, response = self._request("POST", path, body, timeout=None)
+        try:
+            for line in response:
+                if line.strip():
+                    yield json.loads(line)
+        except (OSError, HTTPException, ValueError) as error:
+            raise Failure(f"the stream from mesh {self.mesh} broke off: {error}") from error
+        finally:
+            connection.close()
+
+    def _json(self, method: str, path: str, body: Any) -> Any:
+        connection, response = self._request(method, path, body, timeout=60)
+        try:
+            data = response.read()
+            return json.loads(data) if data else None
+        except (OSError, HTTPException, ValueError) as error:
+            raise Failure(f"mesh {self.mesh} gave an answer that cannot be read: {error}") from error
+        finally:
+            connection.close()
+
+    def _request(self, method: str, path: str, body: Any, timeout: float | None) -> tuple[HTTPConnection, HTTPResponse]:
+        connection = _UnixConnection(str(self.socket_path), timeout)
+        payload = None if body is None else json.dumps(body).encode()
+        try:
+            connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
+            response = connection.getresponse()
+            if response.status < 400:
+                return connection, response
+            raise self._refused(response.status, response.read())
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            others = running_meshes(self.root)
+            hint = f"running: {', '.join(others)}" if others else "start one with `mantle demo` or `mantle up FILE`"
+            raise Failure(f"mesh {self.mesh} is not running", fix=hint) from error
+        except PermissionError as error:
+            raise Failure(
+                f"mesh {self.mesh} belongs to another user", fix="run the command as the user who started it"
+            ) from error
+        except (OSError, HTTPException) as error:
+            raise Failure(f"no answer from the daemon of mesh {self.mesh}: {error}") from error
+
+    def _refused(self, status: int, data: bytes) -> Failure:
+        try:
+            problems = [
+                Problem(e["message"], e.get("fix"), e.get("file"), e.get("line")) for e in json.loads(data)["errors"]
+            ]
+        except (ValueError, KeyError, TypeError):
+            problems = []
+        return Failure.of(problems or [Problem(f"the daemon of mesh {self.mesh} answered {status}")])
+
+
+class _UnixConnection(HTTPConnection):
+    def __init__(self, path: str, timeout: float | None) -> None:
+        super().__init__("mantle", timeout=5)
+        self._path, self._read_timeout = path, timeout
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(5)
+        self.sock.connect(self._path)
+        self.sock.settimeout(self._read_timeout)
+
+
+def _with_query(path: str, query: dict[str, str | int]) -> str:
+    return f"{path}?{urlencode(query)}" if query else path

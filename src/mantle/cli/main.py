@@ -1,0 +1,194 @@
+"""The frame of the `mantle` command: the table of commands, the global flags, and how a run ends.
+
+A command lives in a module of its own and is imported only when it is called, because `mantle version --client` has
+80 ms to start. A command module defines `command`, made with `@mesh_command()`; its function takes a `Globals` first.
+Nothing here imports grpc, aiohttp, rich or cryptography, and no command module may import them at its top.
+
+Exit codes: 0 done, 1 it failed, 2 it was called wrongly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from mantle.cli.output import Failure
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("mantle.cli.demo:command", "Start a mesh with the emojivoto application and watch it being encrypted."),
+    "up": ("mantle.cli.up:command", "Run Kubernetes YAML on this machine, every pod in the mesh."),
+    "down": ("mantle.cli.down:command", "Stop a mesh and remove every trace of it."),
+    "ps": ("mantle.cli.ps:command", "List the pods of a mesh."),
+    "logs": ("mantle.cli.logs:command", "Print the logs of a pod."),
+    "exec": ("mantle.cli.exec:command", "Run a program inside a pod."),
+    "port-forward": ("mantle.cli.port_forward:command", "Reach a port of a pod or service from this machine."),
+    "inject": ("mantle.cli.inject:command", "Add the mesh to Kubernetes YAML."),
+    "tap": ("mantle.cli.tap:command", "Watch requests as they happen, with their TLS state."),
+    "edges": ("mantle.cli.edges:command", "Show who talks to whom, with both identities, or why not encrypted."),
+    "stat": ("mantle.cli.stat:command", "Show success rate, request rate, latency and share of TLS."),
+    "check": ("mantle.cli.check:command", "Find what is wrong with this machine, the mesh or its traffic."),
+    "identity": ("mantle.cli.identity:command", "Show the certificate that a workload uses now."),
+    "version": ("mantle.cli.version:command", "Show the versions of both programs and of the running mesh."),
+    "completion": ("mantle.cli.completion:command", "Print the completion script of a shell."),
+}
+"""Each command: where it is (`module:attribute`) and what it does. The order is that of `mantle --help`."""
+
+OUTPUTS = ("table", "json", "wide", "short")
+
+
+@dataclass(slots=True)
+class Globals:
+    """The global flags, wherever on the line they stood; the last one given wins. None: not given."""
+
+    namespace: str | None = None
+    mesh: str | None = None
+    output: str | None = None
+    verbose: bool = False
+
+    def output_of(self, *allowed: str) -> str:
+        """The output format, one of `allowed`, of which the first is the default. Raises a usage error otherwise."""
+        if self.output is None:
+            return allowed[0]
+        if self.output not in allowed:
+            raise click.UsageError(f"--output {self.output} is not possible here; use one of: {', '.join(allowed)}")
+        return self.output
+
+
+def mesh_command(name: str | None = None, **attrs: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of `mantle` from a function `(globals, …)`; `attrs` are those of `click.command`."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        return click.command(name, cls=MeshCommand, **attrs)(click.pass_obj(function))
+
+    return decorate
+
+
+class MeshCommand(click.Command):
+    """A command that takes the global flags too, so that they may stand behind it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(_global_options())
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _format_options(self, ctx, formatter)
+
+
+class MeshGroup(click.Group):
+    """The `mantle` command: finds commands in the table without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module_name), attribute)
+        if not isinstance(command, click.Command):  # a bug in that module, not the user's fault
+            raise TypeError(f"{module_name}:{attribute} is not a command")
+        command.name = cmd_name
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(_unknown_command(args[0]), ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_text) for name, (_, help_text) in COMMANDS.items()])
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def _unknown_command(word: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"commands are: {', '.join(COMMANDS)}"
+    return f"there is no command {word!r}; {hint}"
+
+
+def _global_options() -> list[click.Option]:
+    """Fresh option objects for one command. Values go to `Globals` only when given, so either place works."""
+
+    def store(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+        def callback(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+            flags = ctx.ensure_object(Globals)
+            if value is not None and value is not False:
+                setattr(flags, field, value)
+
+        return callback
+
+    def option(field: str, *names: str, **attrs: Any) -> click.Option:
+        return click.Option(names, expose_value=False, callback=store(field), **attrs)
+
+    return [
+        option("namespace", "-n", "--namespace", metavar="NAME", help="Namespace of the objects (default: default)."),
+        option("mesh", "--mesh", metavar="NAME", envvar="MANTLE_MESH", help="Which mesh (default: the only one)."),
+        option("output", "-o", "--output", type=click.Choice(OUTPUTS), help="Output format, where there are several."),
+        option("verbose", "-v", "--verbose", is_flag=True, help="Say more, with a traceback if there is a bug."),
+    ]
+
+
+GLOBAL_NAMES = frozenset({"namespace", "mesh", "output", "verbose"})
+
+
+def _format_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    own: list[tuple[str, str]] = []
+    shared: list[tuple[str, str]] = []
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx)
+        if record is not None:
+            (shared if param.name in GLOBAL_NAMES else own).append(record)
+    for title, records in (("Options", own), ("Global options, before or after the command", shared)):
+        if records:
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+@click.group(
+    cls=MeshGroup,
+    params=[*_global_options()],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+def cli() -> None:
+    """Automatic mutual TLS between workloads: on this machine and on Kubernetes."""
+
+
+def main() -> None:
+    """The entry point. Turns every outcome into one message and an exit code."""
+    verbose = any(word in ("-v", "--verbose") for word in sys.argv[1:])
+    try:
+        result = cli.main(prog_name="mantle", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except click.ClickException as error:  # usage errors and `Failure`
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:  # the reader (head, less) left: not worth a word
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:  # ours to fix, so say so; the traceback is for whoever asked for it
+        if verbose:
+            raise
+        Failure(
+            f"a bug in mantle: {type(error).__name__}: {error}",
+            fix="run the command again with --verbose and report what it prints",
+        ).show()
+        code = 1
+    sys.exit(code)
