@@ -3,5 +3,8 @@
 //! Nothing here performs I/O, reads a clock or draws randomness: time, random numbers and bytes are
 //! arguments. `clippy.toml` bans what would break that. The rim (`../src`) carries out what is decided here.
 
+pub mod balance;
+pub mod client_hello;
+pub mod detect;
 pub mod model;
 pub mod reasons;
