@@ -1,0 +1,86 @@
+"""What a pod's spec says about itself, for injection: what keeps it out of the mesh, and which ports it serves.
+
+Pure: plain dictionaries as the YAML has them in, values out; knows nothing of what injection adds.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mantle.core.annotations import INJECT, Config
+
+DEFAULT_OPAQUE = (25, 587, 3306, 4444, 5432, 6379, 9300, 11211)
+"""Protocols whose server speaks first: SMTP, MySQL, Galera, PostgreSQL, Redis, Elasticsearch, memcached."""
+FOREIGN_SIDECARS = ("linkerd-proxy", "linkerd-init", "istio-proxy", "istio-init")
+FOREIGN_IMAGES = (
+    "cr.l5d.io/linkerd/proxy:",
+    "cr.l5d.io/linkerd/proxy-init:",
+    "gcr.io/istio-release/proxyv2:",
+    "gcr.io/istio-release/proxy_init:",
+)
+
+
+class Skip(enum.StrEnum):
+    """Why a pod was left as it is. The value is the label in metrics and events."""
+
+    HOST_NETWORK = "host_network_enabled"
+    FOREIGN_SIDECAR = "sidecar_already_exists"
+    UNSUPPORTED = "unsupported_resource"
+    NOT_ENABLED = "injection_enable_annotation_absent"
+    DISABLED = "injection_disable_annotation_present"
+
+    def message(self) -> str:
+        """The same for people."""
+        return {
+            Skip.HOST_NETWORK: "hostNetwork is enabled",
+            Skip.FOREIGN_SIDECAR: "pod has a sidecar injected already",
+            Skip.UNSUPPORTED: "this resource kind is unsupported",
+            Skip.NOT_ENABLED: f'neither the namespace nor the pod have the annotation "{INJECT}:enabled"',
+            Skip.DISABLED: f'pod has the annotation "{INJECT}:disabled"',
+        }[self]
+
+
+def obstacles(spec: Mapping[str, Any]) -> Iterator[Skip]:
+    """What keeps a pod with this spec out of the mesh, whatever its annotations say."""
+    if spec.get("hostNetwork"):
+        yield Skip.HOST_NETWORK
+    for container in containers(spec):
+        if container.get("name") in FOREIGN_SIDECARS or str(container.get("image", "")).startswith(FOREIGN_IMAGES):
+            yield Skip.FOREIGN_SIDECAR
+            return
+
+
+def containers(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Init containers, then containers."""
+    yield from spec.get("initContainers") or []
+    yield from spec.get("containers") or []
+
+
+def has_udp_ports(spec: Mapping[str, Any]) -> bool:
+    return any(port.get("protocol") == "UDP" for c in containers(spec) for port in c.get("ports") or [])
+
+
+def inbound_ports(spec: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every TCP port the pod says it serves: container ports, and the ports its probes ask. Sorted."""
+    ports: set[int] = set()
+    for container in containers(spec):
+        named = {p.get("name"): p.get("containerPort") for p in container.get("ports") or []}
+        ports.update(int(p["containerPort"]) for p in container.get("ports") or [] if p.get("protocol", "TCP") == "TCP")
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            for way in ("httpGet", "tcpSocket", "grpc"):
+                asked = ((container.get(probe) or {}).get(way) or {}).get("port")
+                number = named.get(asked, asked)
+                if isinstance(number, int):
+                    ports.add(number)
+    return tuple(sorted(ports))
+
+
+def opaque_ports(spec: Mapping[str, Any], config: Config) -> str:
+    """The pod's opaque ports as a list: the annotation's, names resolved; else the default list ∩ container ports."""
+    given = config.get("opaque-ports")
+    if given is None:
+        return ",".join(str(port) for port in inbound_ports(spec) if port in DEFAULT_OPAQUE)
+    named = {p["name"]: str(p["containerPort"]) for c in containers(spec) for p in c.get("ports") or [] if "name" in p}
+    return ",".join(filter(None, (named.get(part, part) for part in given.split(","))))
