@@ -6,5 +6,10 @@
 pub mod balance;
 pub mod client_hello;
 pub mod detect;
+pub mod escape;
 pub mod model;
+pub mod policy;
 pub mod reasons;
+pub mod renew;
+pub mod route;
+pub mod tapmatch;

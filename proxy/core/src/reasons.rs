@@ -52,6 +52,8 @@ reasons! {
         Loop = "loop",
         /// The port has no policy yet and is not one of the listed ports.
         PolicyUnavailable = "policy_unavailable",
+        /// The port's policy has routes and none of them matches the request.
+        RouteNotFound = "route_not_found",
     }
 }
 
@@ -93,7 +95,29 @@ reasons! {
 }
 
 reasons! {
-    /// Why a mux link was closed on its peer, or a stream reset.
+    /// Why one stream of a mux link ended before both its directions did.
+    StreamReset {
+        /// Its user went away.
+        Cancelled = "cancelled",
+        /// Policy does not admit this client to this port.
+        Denied = "denied",
+        /// Policy or trust changed while the stream was open.
+        Revoked = "revoked",
+        /// The application could not be reached.
+        ConnectFailed = "connect_failed",
+        /// Not looked at: safe to send again elsewhere.
+        Refused = "refused",
+        /// The peer granted no window for too long.
+        Stalled = "stalled",
+        /// The bytes of the stream broke its protocol.
+        ProtocolError = "protocol_error",
+        /// The application's connection broke.
+        Broken = "broken",
+    }
+}
+
+reasons! {
+    /// Why a mux link was closed on its peer.
     LinkClosed {
         BadFrame = "bad_frame",
         BadSettings = "bad_settings",
