@@ -195,7 +195,10 @@ fn try_connection(rules: &Rules) -> Result<String, Error> {
 }
 
 fn no_route(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT))
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)
+    )
 }
 
 fn redirected(target: SocketAddr, proxy: SocketAddr) -> io::Result<&'static str> {
@@ -215,14 +218,18 @@ fn redirected(target: SocketAddr, proxy: SocketAddr) -> io::Result<&'static str>
     loop {
         match listener.accept() {
             Ok((accepted, _)) => {
-                let original = if target.is_ipv4() { accepted.original_dst_v4()? } else { accepted.original_dst_v6()? };
+                let original =
+                    if target.is_ipv4() { accepted.original_dst_v4()? } else { accepted.original_dst_v6()? };
                 if original.as_socket() == Some(target) {
                     return Ok("was redirected, its original destination known");
                 }
                 // Somebody else's connection: look at the next.
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "it was accepted elsewhere, not on the proxy's port"));
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "it was accepted elsewhere, not on the proxy's port",
+                ));
             }
             Err(error) => return Err(error),
         }
@@ -278,7 +285,8 @@ fn parse(args: &[String]) -> Result<Command, Vec<String>> {
     }
     let exempt = rules.proxy_uid.is_some() || rules.proxy_mark.is_some();
     if !exempt && matches!(verb, Some("install" | "verify")) {
-        mistakes.push("without --proxy-uid or --proxy-mark the proxy's own connections would come back to it".to_owned());
+        mistakes
+            .push("without --proxy-uid or --proxy-mark the proxy's own connections would come back to it".to_owned());
     }
     let command = match verb {
         Some("install") => Command::Install(rules),

@@ -141,7 +141,8 @@ impl Batch {
 
     /// Removes the table whether or not it is there; then makes it anew if `create`.
     pub(super) fn replace_table(self, table: &str, create: bool) -> Self {
-        let add = |batch: Self| batch.put(NEWTABLE, NLM_F_CREATE, text(1, table), format!("making table `inet {table}`"));
+        let add =
+            |batch: Self| batch.put(NEWTABLE, NLM_F_CREATE, text(1, table), format!("making table `inet {table}`"));
         let empty = add(self).put(DELTABLE, 0, text(1, table), format!("removing table `inet {table}`"));
         if create { add(empty) } else { empty }
     }

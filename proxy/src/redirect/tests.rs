@@ -40,7 +40,9 @@ fn differences(rules: &Rules) -> Vec<String> {
 #[test]
 fn what_was_installed_is_read_back() {
     in_namespace(|| {
-        let rules = rules("--proxy-uid 2102 --proxy-mark 0x6d --skip-outbound-ports 25,8000-8010 --skip-inbound-ports 4190,4191,22");
+        let rules = rules(
+            "--proxy-uid 2102 --proxy-mark 0x6d --skip-outbound-ports 25,8000-8010 --skip-inbound-ports 4190,4191,22",
+        );
         install(&rules).expect("installs");
         assert_eq!(differences(&rules), Vec::<String>::new());
     });
@@ -55,7 +57,14 @@ fn installing_again_replaces() {
         assert_eq!(differences(&old), Vec::<String>::new());
         install(&new).expect("replaces");
         assert_eq!(differences(&new), Vec::<String>::new());
-        assert_eq!(differences(&old), ["chain `outbound` has 3 rules where 4 are wanted", "rule 1 of chain `outbound` is another one", "rule 3 of chain `outbound` is another one"]);
+        assert_eq!(
+            differences(&old),
+            [
+                "chain `outbound` has 3 rules where 4 are wanted",
+                "rule 1 of chain `outbound` is another one",
+                "rule 3 of chain `outbound` is another one"
+            ]
+        );
     });
 }
 
@@ -64,7 +73,9 @@ fn every_flag_makes_a_difference() {
     in_namespace(|| {
         let base = "--proxy-uid 2102 --proxy-mark 0x6d --skip-outbound-ports 25,80-90 --skip-inbound-ports 4190";
         install(&rules(base)).expect("installs");
-        for (from, to) in [("2102", "2103"), ("0x6d", "0x6e"), ("25", "26"), ("80-90", "80-91"), ("80-90", "79-90"), ("4190", "4191")] {
+        for (from, to) in
+            [("2102", "2103"), ("0x6d", "0x6e"), ("25", "26"), ("80-90", "80-91"), ("80-90", "79-90"), ("4190", "4191")]
+        {
             assert_eq!(differences(&rules(&base.replace(from, to))).len(), 1, "{from} -> {to}");
         }
         for flag in ["--inbound-port 5143", "--outbound-port 5140"] {
@@ -126,7 +137,8 @@ fn a_namespace_that_leads_nowhere_is_no_proof() {
 
 #[test]
 fn every_mistake_is_reported_at_once() {
-    let mistakes = parse(&args("install --inbound-port 0 --proxy-mark 0 --skip-outbound-ports 9-1 --colour red --proxy-uid"));
+    let mistakes =
+        parse(&args("install --inbound-port 0 --proxy-mark 0 --skip-outbound-ports 9-1 --colour red --proxy-uid"));
     assert_eq!(
         mistakes.expect_err("all wrong"),
         [
