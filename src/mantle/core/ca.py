@@ -1,0 +1,475 @@
+"""The certificate authority: a checked request becomes a template, the template a certificate, and that is checked
+again.
+
+`check_issuer` → `check_csr` → `template` → `sign` → a `Leaf`, or a `Refusal` that names what was found, what was wanted
+and what to do. Profile: X.509 v3 (RFC 5280), P-256 and ECDSA-with-SHA256, DNS SAN then SPIFFE URI SAN (SPIFFE
+X509-SVID). Time and serial bytes are arguments; the only randomness in here is OpenSSL's, inside key generation and
+ECDSA. Who may have which name is not decided here (`control/identity.py`), nor is anything read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from mantle.core.names import BadName, MeshNames, Workload
+from mantle.core.reasons import CertifyRefused
+
+LEAF_LIFETIME = timedelta(hours=24)
+CLOCK_SKEW = timedelta(seconds=20)
+"""Added at both ends of a leaf's validity."""
+CA_LIFETIME = timedelta(days=365)
+SERIAL_BYTES = 16
+"""128 bits from a cryptographic source: RFC 5280 allows 20 octets, CA/B asks for 64 random bits."""
+
+_MAX_COMMON_NAME = 64
+"""ub-common-name of RFC 5280: longer names stand in the SAN only, which is then critical."""
+_TAG_SEQUENCE = b"\x30"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why there is no certificate: the reason, what was found, what was wanted, and the fix. `detail` refines the
+    reason.
+    """
+
+    reason: CertifyRefused
+    found: str
+    wanted: str
+    fix: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        label = f"{self.reason} ({self.detail})" if self.detail else f"{self.reason}"
+        return f"{label}: found {self.found}; wanted {self.wanted}; fix: {self.fix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """A fresh trust anchor and the issuer it signed, as PEM. The anchor's key is in neither: it is gone."""
+
+    roots_pem: bytes
+    issuer_pem: bytes
+    issuer_key_pem: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Issuer:
+    """A signing certificate with its key, and the chain above it up to a trust root. Made by `load_issuer` only."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+    intermediates: tuple[bytes, ...]
+    """DER, this issuer first, without the root: what goes out with each leaf."""
+    not_before: datetime
+    not_after: datetime
+    """The span in which the whole chain, root included, is valid."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValidIssuer:
+    """An issuer that is valid at the time it was checked for. Made by `check_issuer` only."""
+
+    issuer: Issuer
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedCsr:
+    """A request signed by its own key, for one identity and nothing else. Made by `check_csr` only."""
+
+    identity: str
+    public_key: ec.EllipticCurvePublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Everything a leaf will say, decided before anything is signed."""
+
+    identity: str
+    spiffe: str
+    public_key: ec.EllipticCurvePublicKey
+    serial: int
+    not_before: datetime
+    not_after: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A signed certificate that passed its own check. Made by `sign` only."""
+
+    der: bytes
+    intermediates: tuple[bytes, ...]
+    not_after: datetime
+    sha256: str
+
+
+def make_trust(names: MeshNames, now: datetime, serials: tuple[bytes, bytes], skew: timedelta = CLOCK_SKEW) -> Trust:
+    """A new trust anchor and issuer, valid `CA_LIFETIME` from `now` (aware) and `skew` before it.
+
+    The anchor's private key is a local variable of this function: it signs the issuer and is dropped. `serials` are the
+    two certificates' serial bytes (see `serial_of`).
+    """
+    root_key = ec.generate_private_key(ec.SECP256R1())
+    issuer_key = ec.generate_private_key(ec.SECP256R1())
+    begin, end = _seconds(now - skew), _seconds(now + CA_LIFETIME)
+    trust_domain = x509.UniformResourceIdentifier(f"spiffe://{names.trust_domain}")
+    root = _sign_ca(names.root, names.root, root_key, root_key, serial_of(serials[0]), begin, end, trust_domain, None)
+    issuer = _sign_ca(
+        names.issuer, names.root, issuer_key, root_key, serial_of(serials[1]), begin, end, trust_domain, path_length=0
+    )
+    return Trust(
+        roots_pem=root.public_bytes(serialization.Encoding.PEM),
+        issuer_pem=issuer.public_bytes(serialization.Encoding.PEM),
+        issuer_key_pem=issuer_key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ),
+    )
+
+
+def load_issuer(issuer_pem: bytes, key_pem: bytes, roots_pem: bytes) -> Issuer | Refusal:
+    """Reads an issuer: certificates (itself first, then those above it), its key, the trust roots.
+
+    Accepts P-256 issuers only: a leaf must be signed with ECDSA-with-SHA256. Says nothing about time: `check_issuer`
+    does.
+    """
+    fix = "give identity the files of one `mantle install` or one trust rotation"
+    try:
+        chain = x509.load_pem_x509_certificates(issuer_pem)
+        roots = x509.load_pem_x509_certificates(roots_pem)
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError) as error:
+        return _unusable(f"files that cannot be read ({error})", "PEM certificates and an unencrypted PEM key", fix)
+    leaf_signer = chain[0]
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        return _unusable("an issuer key that is not P-256", "an ECDSA P-256 key", fix)
+    if key.public_key() != leaf_signer.public_key():
+        return _unusable("an issuer key that is not the certificate's", "the key the certificate was made for", fix)
+    if not _is_ca(leaf_signer):
+        return _unusable(f"{_subject(leaf_signer)}, which is not a CA", "a certificate with CA:TRUE", fix)
+    path = _path_to_root(chain, roots)
+    if isinstance(path, Refusal):
+        return path
+    return Issuer(
+        certificate=leaf_signer,
+        key=key,
+        intermediates=tuple(cert.public_bytes(serialization.Encoding.DER) for cert in chain if cert not in roots),
+        not_before=max(cert.not_valid_before_utc for cert in path),
+        not_after=min(cert.not_valid_after_utc for cert in path),
+    )
+
+
+def check_issuer(issuer: Issuer, now: datetime) -> ValidIssuer | Refusal:
+    """Whether the issuer's chain is valid at `now` (aware)."""
+    if now < issuer.not_before:
+        return Refusal(
+            CertifyRefused.ISSUER_NOT_YET_VALID,
+            f"a clock at {_stamp(now)} and an issuer valid from {_stamp(issuer.not_before)}",
+            "a clock inside the issuer's validity",
+            "set this machine's clock, or install new trust material",
+        )
+    if now >= issuer.not_after:
+        return Refusal(
+            CertifyRefused.ISSUER_EXPIRED,
+            f"a clock at {_stamp(now)} and an issuer valid until {_stamp(issuer.not_after)}",
+            "an issuer that has not expired",
+            "install new trust material: a mesh on one machine makes it at `mantle down` and `mantle up`",
+        )
+    return ValidIssuer(issuer)
+
+
+def check_csr(der: bytes, identity: str) -> CheckedCsr | Refusal:
+    """Checks a PKCS#10 request: P-256, signed by its own key (proof of possession), and for `identity` alone."""
+    fix = "send a PKCS#10 request in DER, of a P-256 key, signed by that key"
+    # A trailing byte after the outer SEQUENCE is refused by the parser; anything else than a SEQUENCE is said plainly.
+    if der[:1] != _TAG_SEQUENCE:
+        return Refusal(
+            CertifyRefused.CSR_MALFORMED, "bytes that are not a DER sequence", "PKCS#10 in DER, not PEM", fix
+        )
+    try:
+        csr = x509.load_der_x509_csr(der)
+        key = csr.public_key()
+        names = _requested_names(csr)
+        common_names = [str(attribute.value) for attribute in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        algorithm = csr.signature_hash_algorithm
+    except Exception as error:
+        # The parser's errors for hostile bytes are many (ValueError, UnsupportedAlgorithm, ParseError, …), and all mean
+        # this.
+        return Refusal(
+            CertifyRefused.CSR_MALFORMED, f"a request that cannot be parsed ({error})", "PKCS#10 in DER", fix
+        )
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        return Refusal(CertifyRefused.CSR_KEY_UNSUPPORTED, f"a key of type {_key_kind(key)}", "an ECDSA P-256 key", fix)
+    if algorithm is None:
+        return Refusal(CertifyRefused.CSR_NOT_PROVEN, "a signature without a hash", "ECDSA with SHA-256", fix)
+    try:
+        key.verify(csr.signature, csr.tbs_certrequest_bytes, ec.ECDSA(algorithm))
+    except InvalidSignature:
+        return Refusal(
+            CertifyRefused.CSR_NOT_PROVEN,
+            "a signature that the requested key did not make",
+            "a request signed by the key it is for",
+            fix,
+        )
+    if names != [("DNS", identity)] or any(name != identity for name in common_names if name):
+        found = ", ".join(
+            [f"{kind}:{value}" for kind, value in names] + [f"CN:{name}" for name in common_names if name]
+        )
+        return Refusal(
+            CertifyRefused.CSR_NAMES,
+            found or "no name at all",
+            f"exactly DNS:{identity}, and a common name that is empty or the same",
+            "ask for the identity of the proxy's own service account, and put nothing else into the request",
+        )
+    return CheckedCsr(identity, key)
+
+
+def template(
+    valid: ValidIssuer,
+    csr: CheckedCsr,
+    workload: Workload,
+    names: MeshNames,
+    now: datetime,
+    serial: bytes,
+    lifetime: timedelta = LEAF_LIFETIME,
+    skew: timedelta = CLOCK_SKEW,
+) -> Template | BadName:
+    """What the leaf will say. Valid from `now - skew` to `now + lifetime + skew`, clamped to the issuer's chain.
+
+    `serial` is `SERIAL_BYTES` of cryptographic randomness. A `BadName` means that the workload's name cannot be
+    written.
+    """
+    identity = names.identity(workload)
+    if isinstance(identity, BadName):
+        return identity
+    issuer = valid.issuer
+    return Template(
+        identity=identity,
+        spiffe=names.spiffe(workload),
+        public_key=csr.public_key,
+        serial=serial_of(serial),
+        not_before=max(_seconds(now - skew), issuer.not_before),
+        not_after=min(_seconds(now + lifetime + skew), issuer.not_after),
+    )
+
+
+def sign(valid: ValidIssuer, wanted: Template) -> Leaf | Refusal:
+    """Signs the template and checks the result as a peer would: what leaves here is what was decided, or nothing."""
+    issuer = valid.issuer
+    short = len(wanted.identity) <= _MAX_COMMON_NAME
+    subject = [x509.NameAttribute(NameOID.COMMON_NAME, wanted.identity)] if short else []
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name(subject))
+        .issuer_name(issuer.certificate.subject)
+        .public_key(wanted.public_key)
+        .serial_number(wanted.serial)
+        .not_valid_before(wanted.not_before)
+        .not_valid_after(wanted.not_after)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName(wanted.identity), x509.UniformResourceIdentifier(wanted.spiffe)]),
+            critical=not short,
+        )
+        .add_extension(_LEAF_USAGE, critical=True)
+        .add_extension(_LEAF_EXTENDED_USAGE, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key()), critical=False)
+        .sign(issuer.key, hashes.SHA256())
+    )
+    return revalidate(certificate.public_bytes(serialization.Encoding.DER), wanted, issuer)
+
+
+def revalidate(der: bytes, wanted: Template, issuer: Issuer) -> Leaf | Refusal:
+    """Reads a signed leaf back and compares it with what was decided: signature, key, names, times, usages."""
+    leaf = x509.load_der_x509_certificate(der)
+    try:
+        leaf.verify_directly_issued_by(issuer.certificate)
+    except (InvalidSignature, ValueError, TypeError) as error:
+        return _not_as_decided(f"a leaf that its issuer did not sign ({error})")
+    extensions = leaf.extensions
+    names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    compared = {
+        "names": (list(names), [x509.DNSName(wanted.identity), x509.UniformResourceIdentifier(wanted.spiffe)]),
+        "key": (leaf.public_key(), wanted.public_key),
+        "serial": (leaf.serial_number, wanted.serial),
+        "validity": (
+            (leaf.not_valid_before_utc, leaf.not_valid_after_utc),
+            (wanted.not_before, wanted.not_after),
+        ),
+        "usages": (
+            (
+                extensions.get_extension_for_class(x509.KeyUsage).value,
+                extensions.get_extension_for_class(x509.ExtendedKeyUsage).value,
+            ),
+            (_LEAF_USAGE, _LEAF_EXTENDED_USAGE),
+        ),
+        "CA flag": (_is_ca(leaf), False),
+    }
+    for part, (found, expected) in compared.items():
+        if found != expected:
+            return _not_as_decided(f"a leaf whose {part} differ from what was decided")
+    if not leaf.not_valid_before_utc < leaf.not_valid_after_utc:
+        return _not_as_decided("a leaf that would never be valid")
+    return Leaf(der, issuer.intermediates, leaf.not_valid_after_utc, hashlib.sha256(der).hexdigest())
+
+
+def serial_of(random: bytes) -> int:
+    """A positive serial of `SERIAL_BYTES` random bytes: the first bit is cleared, so that it is never negative; 0
+    becomes 1.
+
+    Raises ValueError unless there are exactly `SERIAL_BYTES` bytes: fewer would be guessable.
+    """
+    if len(random) != SERIAL_BYTES:
+        raise ValueError(f"a serial is made of {SERIAL_BYTES} random bytes, not {len(random)}")
+    return int.from_bytes(bytes([random[0] & 0x7F]) + random[1:], "big") or 1
+
+
+# ---- details ----
+
+_LEAF_USAGE = x509.KeyUsage(
+    digital_signature=True,
+    content_commitment=False,
+    key_encipherment=True,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=False,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
+_CA_USAGE = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+_LEAF_EXTENDED_USAGE = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+
+
+def _sign_ca(
+    subject: str,
+    issuer: str,
+    key: ec.EllipticCurvePrivateKey,
+    signer: ec.EllipticCurvePrivateKey,
+    serial: int,
+    begin: datetime,
+    end: datetime,
+    trust_domain: x509.UniformResourceIdentifier,
+    path_length: int | None,
+) -> x509.Certificate:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(subject))
+        .issuer_name(_name(issuer))
+        .public_key(key.public_key())
+        .serial_number(serial)
+        .not_valid_before(begin)
+        .not_valid_after(end)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
+        .add_extension(_CA_USAGE, critical=True)
+        .add_extension(x509.SubjectAlternativeName([trust_domain]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+        .sign(signer, hashes.SHA256())
+    )
+
+
+def _name(common_name: str) -> x509.Name:
+    """A subject of one common name; names of over 64 characters keep their first 64 (a CA is found by its key, not by
+    this).
+    """
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:_MAX_COMMON_NAME])])
+
+
+def _path_to_root(
+    chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate]
+) -> list[x509.Certificate] | Refusal:
+    """The certificates from the issuer up to a trust root, that root included."""
+    fix = "give identity the trust roots that its issuer was signed by"
+    path: list[x509.Certificate] = []
+    for position, certificate in enumerate(chain):
+        path.append(certificate)
+        if certificate in roots:
+            return path
+        for root in roots:
+            if _issued_by(certificate, root):
+                return [*path, root]
+        above = chain[position + 1 : position + 2]
+        if not above or not _issued_by(certificate, above[0]):
+            break
+    return _unusable(
+        f"{_subject(path[-1])}, signed by none of the trust roots", "a chain that ends at a trust root", fix
+    )
+
+
+def _issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return _is_ca(issuer)
+
+
+def _is_ca(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
+def _requested_names(csr: x509.CertificateSigningRequest) -> list[tuple[str, str]]:
+    """Every alternative name of the request, as (kind, text), in order."""
+    try:
+        names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    kinds: dict[type[x509.GeneralName], str] = {
+        x509.DNSName: "DNS",
+        x509.UniformResourceIdentifier: "URI",
+        x509.IPAddress: "IP",
+        x509.RFC822Name: "email",
+    }
+    return [(kinds.get(type(name), type(name).__name__), str(name.value)) for name in names]
+
+
+def _key_kind(key: object) -> str:
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return f"EC {key.curve.name}"
+    return type(key).__name__.lstrip("_").removesuffix("PublicKey")
+
+
+def _subject(certificate: x509.Certificate) -> str:
+    return f"the certificate {certificate.subject.rfc4514_string() or '(no subject)'}"
+
+
+def _unusable(found: str, wanted: str, fix: str) -> Refusal:
+    return Refusal(CertifyRefused.ISSUER_UNUSABLE, found, wanted, fix)
+
+
+def _not_as_decided(found: str) -> Refusal:
+    return Refusal(
+        CertifyRefused.SIGNING_FAILED,
+        found,
+        "the leaf that was decided",
+        "report this: it is a fault of Mantle's identity",
+    )
+
+
+def _seconds(moment: datetime) -> datetime:
+    """Certificates have whole seconds."""
+    return moment.replace(microsecond=0)
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

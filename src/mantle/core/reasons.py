@@ -1,0 +1,196 @@
+"""Every "no" of Mantle as a type: one enum per question, one label per answer.
+
+The first part mirrors `proxy/core/src/reasons.rs` (a test keeps them equal); the rest is the control plane's own. A
+label is part of the product (docs/reasons.md): the same word in metrics, logs, tap and tables. Never rename one, never
+write one elsewhere. Rule for this file: it knows no other module.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum, unique
+
+# ---- shared with the proxy ----
+
+
+@unique
+class NoTls(StrEnum):
+    """Why a connection is not mutual TLS."""
+
+    LOOPBACK = "loopback"
+    NOT_PROVIDED_BY_SERVICE_DISCOVERY = "not_provided_by_service_discovery"
+    NOT_PROVIDED_BY_REMOTE = "not_provided_by_remote"
+    PORT_SKIPPED = "port_skipped"
+
+
+@unique
+class Denied(StrEnum):
+    """Why inbound traffic was refused."""
+
+    UNAUTHORIZED = "unauthorized"
+    IDENTITY_REQUIRED = "identity_required"
+    LOOP = "loop"
+    POLICY_UNAVAILABLE = "policy_unavailable"
+    ROUTE_NOT_FOUND = "route_not_found"
+
+
+@unique
+class Unroutable(StrEnum):
+    """Why an outbound connection or request could not be carried."""
+
+    DISCOVERY_UNAVAILABLE = "discovery_unavailable"
+    NO_ENDPOINTS = "no_endpoints"
+    INVALID_POLICY = "invalid_policy"
+    INVALID_IDENTITY = "invalid_identity"
+    CONNECT_FAILED = "connect_failed"
+    IDENTITY_MISMATCH = "identity_mismatch"
+    TLS_FAILED = "tls_failed"
+    LOOP = "loop"
+
+
+@unique
+class BadHttp(StrEnum):
+    """Why an HTTP/1 message was refused with 400 instead of forwarded."""
+
+    HEAD_TOO_LARGE = "head_too_large"
+    MALFORMED = "malformed"
+    CONFLICTING_LENGTH = "conflicting_length"
+    BAD_TRANSFER_ENCODING = "bad_transfer_encoding"
+    OBSOLETE_FOLD = "obsolete_fold"
+    BARE_LINE_FEED = "bare_line_feed"
+    BAD_HOST = "bad_host"
+    BAD_CHUNK = "bad_chunk"
+    UNSUPPORTED_VERSION = "unsupported_version"
+
+
+@unique
+class StreamReset(StrEnum):
+    """Why one stream of a mux link ended before both its directions did."""
+
+    CANCELLED = "cancelled"
+    DENIED = "denied"
+    REVOKED = "revoked"
+    CONNECT_FAILED = "connect_failed"
+    REFUSED = "refused"
+    STALLED = "stalled"
+    PROTOCOL_ERROR = "protocol_error"
+    BROKEN = "broken"
+
+
+@unique
+class LinkClosed(StrEnum):
+    """Why a mux link was closed on its peer."""
+
+    BAD_FRAME = "bad_frame"
+    BAD_SETTINGS = "bad_settings"
+    BAD_STREAM = "bad_stream"
+    WINDOW_EXCEEDED = "window_exceeded"
+    TOO_MANY_STREAMS = "too_many_streams"
+    OPEN_RATE = "open_rate"
+    RESET_RATE = "reset_rate"
+    CONTROL_RATE = "control_rate"
+    STALLED = "stalled"
+    DRAINED = "drained"
+    PEER_GONE = "peer_gone"
+
+
+SHARED_WITH_THE_PROXY: tuple[type[StrEnum], ...] = (NoTls, Denied, Unroutable, BadHttp, StreamReset, LinkClosed)
+
+# ---- the control plane's own ----
+
+
+@unique
+class NameRefused(StrEnum):
+    """Why a text is not the name of a workload of this mesh."""
+
+    EMPTY = "empty"
+    TOO_LONG = "too_long"
+    OTHER_MESH = "other_mesh"
+    MISSING_PART = "missing_part"
+    NOT_A_LABEL = "not_a_label"
+    NOT_A_SUBDOMAIN = "not_a_subdomain"
+
+
+@unique
+class TokenReason(StrEnum):
+    """Why a token was not accepted."""
+
+    MALFORMED = "malformed"
+    """Not a JWT, or a claim is missing or of the wrong type."""
+    BAD_SIGNATURE = "bad_signature"
+    """Not signed by a key of this platform: forged, or of another mesh."""
+    WRONG_ISSUER = "wrong_issuer"
+    WRONG_AUDIENCE = "wrong_audience"
+    EXPIRED = "expired"
+    NOT_YET_VALID = "not_yet_valid"
+    NOT_BOUND = "not_bound"
+    """Not bound to a pod."""
+    POD_GONE = "pod_gone"
+    """The pod does not exist any more, or another one took its name."""
+    OTHER_SERVICE_ACCOUNT = "other_service_account"
+    """The bound pod runs as another service account."""
+    NOT_AUTHENTICATED = "not_authenticated"
+    """A cluster's TokenReview refused it without saying more."""
+
+
+@unique
+class CertifyRefused(StrEnum):
+    """Why a certificate was not issued. A refused token adds its `TokenReason`."""
+
+    RATE_LIMITED = "rate_limited"
+    BUSY = "busy"
+    MISSING_IDENTITY = "missing_identity"
+    MISSING_TOKEN = "missing_token"
+    MISSING_CSR = "missing_csr"
+    TOO_LARGE = "too_large"
+    ISSUER_NOT_READY = "issuer_not_ready"
+    ISSUER_EXPIRED = "issuer_expired"
+    ISSUER_NOT_YET_VALID = "issuer_not_yet_valid"
+    ISSUER_UNUSABLE = "issuer_unusable"
+    """Malformed, not a CA, of another key, or not signed by a trust root."""
+    PLATFORM_UNAVAILABLE = "platform_unavailable"
+    TOKEN_REJECTED = "token_rejected"
+    OTHER_ADDRESS = "other_address"
+    """A pod's token was presented from another address than the pod's."""
+    OTHER_POD_ON_LOOPBACK = "other_pod_on_loopback"
+    """Over loopback only identity's own sidecar may ask, for its own pod."""
+    CSR_MALFORMED = "csr_malformed"
+    CSR_KEY_UNSUPPORTED = "csr_key_unsupported"
+    CSR_NOT_PROVEN = "csr_not_proven"
+    """The request is not signed by the key it asks a certificate for."""
+    CSR_NAMES = "csr_names"
+    """The request names something else than the one requested identity."""
+    NAME_REFUSED = "name_refused"
+    IDENTITY_MISMATCH = "identity_mismatch"
+    """The token belongs to another service account than the requested identity."""
+    SIGNING_FAILED = "signing_failed"
+    """The signed certificate did not pass its own check: nothing was issued."""
+
+
+@unique
+class CallerRefused(StrEnum):
+    """Why destination or policy did not answer a caller."""
+
+    ANONYMOUS = "anonymous"
+    BAD_WORKLOAD = "bad_workload"
+    UNKNOWN_WORKLOAD = "unknown_workload"
+    OTHER_WORKLOAD = "other_workload"
+
+
+@unique
+class NoIdentity(StrEnum):
+    """Why an endpoint is given no identity, so that it is reached in plaintext."""
+
+    NOT_MESHED = "not_meshed"
+    OTHER_CONTROL_PLANE = "other_control_plane"
+    HOST_NETWORK = "host_network"
+    PROXY_NOT_STARTED = "proxy_not_started"
+    PORT_SKIPPED = "port_skipped"
+
+
+@unique
+class NotADestination(StrEnum):
+    """Why a path is not something discovery can answer."""
+
+    MALFORMED = "malformed"
+    NOT_A_SERVICE_NAME = "not_a_service_name"
+    AN_ADDRESS = "an_address"

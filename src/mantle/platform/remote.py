@@ -1,0 +1,114 @@
+"""The platform as a control-plane pod on one machine sees it: a client of `mantle.v1.Platform` over a Unix socket.
+
+Implements `platform.port.Platform`. The socket's other end (the machine's daemon) may go away and come back: a watch
+keeps what it knows and connects again, a token review fails with `PlatformUnavailable` at once, for the caller to
+refuse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import grpc.aio
+
+from mantle.core.model import Snapshot
+from mantle.gen.mantle.v1 import platform_pb2 as pb
+from mantle.platform.port import TokenClaims, TokenRejected
+from mantle.platform.wire import Mirror, review_from_proto
+
+log = logging.getLogger(__name__)
+
+SERVICE = "/mantle.v1.Platform"
+REVIEW_TIMEOUT = 2.0
+"""Seconds a token review may take before the caller refuses the certificate (the proxy retries)."""
+RETRY = 0.2
+"""Seconds between two attempts to reach the platform. One machine, one socket: nobody is spared by waiting longer."""
+MAX_MESSAGE = 64 * 1024 * 1024
+"""Octets of one change: the first holds everything."""
+
+
+class PlatformUnavailable(Exception):
+    """The platform did not answer. Retryable."""
+
+
+class RemotePlatform:
+    """A connection to the platform's socket. Close it with `async with` or `close`."""
+
+    def __init__(self, socket: Path) -> None:
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{socket}",
+            options=[
+                ("grpc.default_authority", "platform"),
+                ("grpc.enable_http_proxy", 0),
+                ("grpc.max_receive_message_length", MAX_MESSAGE),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 500),
+            ],
+        )
+        self._watch = self._channel.unary_stream(
+            f"{SERVICE}/Watch",
+            request_serializer=pb.WatchRequest.SerializeToString,
+            response_deserializer=pb.Change.FromString,
+        )
+        self._review = self._channel.unary_unary(
+            f"{SERVICE}/ReviewToken",
+            request_serializer=pb.ReviewTokenRequest.SerializeToString,
+            response_deserializer=pb.ReviewTokenResponse.FromString,
+        )
+
+    async def __aenter__(self) -> RemotePlatform:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends watches and reviews."""
+        await self._channel.close(None)
+
+    async def watch(self) -> AsyncIterator[Snapshot]:
+        """Yields the newest snapshot, then each newer one. Changes that come while the consumer works are merged."""
+        mirror, news = Mirror(), asyncio.Event()
+        # Not a TaskGroup: it would turn the GeneratorExit of a consumer that leaves into an error.
+        follower = asyncio.get_running_loop().create_task(self._follow(mirror, news))
+        follower.add_done_callback(lambda _: news.set())
+        try:
+            while True:
+                await news.wait()
+                news.clear()
+                if follower.done():
+                    follower.result()  # it never ends but by an error, which belongs to the consumer
+                yield mirror.snapshot()
+        finally:
+            follower.cancel()
+
+    async def review_token(self, token: bytes, audiences: Sequence[str]) -> TokenClaims | TokenRejected:
+        """Asks the platform about a token. Raises `PlatformUnavailable` if it does not answer."""
+        request = pb.ReviewTokenRequest(token=token, audiences=audiences)
+        try:
+            return review_from_proto(await self._review(request, timeout=REVIEW_TIMEOUT))
+        except grpc.aio.AioRpcError as error:
+            raise PlatformUnavailable(f"{error.code().name.lower()}: {error.details()}") from error
+
+    async def _follow(self, mirror: Mirror, news: asyncio.Event) -> None:
+        """Keeps the mirror true to the platform, for ever."""
+        complaint = ""
+        while True:
+            try:
+                async for change in self._watch(pb.WatchRequest()):
+                    if complaint:
+                        log.info("the platform answers again")
+                        complaint = ""
+                    mirror.apply(change)
+                    news.set()
+                problem = "it ended the watch"
+            except grpc.aio.AioRpcError as error:
+                problem = f"{error.code().name.lower()}: {error.details()}"
+            if problem != complaint:
+                log.warning("the platform is away (%s): going on with what is known, trying again", problem)
+                complaint = problem
+            await asyncio.sleep(RETRY)
