@@ -20,7 +20,7 @@ fmt: install
 	@scripts/fmt.sh
 
 gen: install
-	@scripts/gen.sh
+	@.venv/bin/python scripts/gen.py
 
 bench: install
 	@scripts/bench.sh
