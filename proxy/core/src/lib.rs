@@ -8,8 +8,11 @@ pub mod client_hello;
 pub mod detect;
 pub mod escape;
 pub mod model;
+pub mod mux;
 pub mod policy;
 pub mod reasons;
 pub mod renew;
 pub mod route;
 pub mod tapmatch;
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,483 @@
+//! One link: what arrives from the peer, and what its user may do. What leaves is in `send.rs`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::frame::{
+    ACK, FIN, HEADER, Header, MAX_CONTROL, MAX_LINK_WINDOW, MAX_TABLE, MAX_WINDOW, OPENS, REMEMBER, Settings, Type,
+    reset_number, reset_reason,
+};
+use super::rate::Rate;
+use super::send::Sender;
+use super::{Event, Limits, NoStream, Open, Role, StreamId};
+use crate::reasons::{LinkClosed, StreamReset};
+
+/// The state of one link. Feed it with `receive`, empty it with `transmit`.
+#[derive(Debug)]
+pub struct Session {
+    pub(super) role: Role,
+    pub(super) limits: Limits,
+    /// `None` until the peer's SETTINGS came.
+    pub(super) peer: Option<Settings>,
+    pub(super) streams: BTreeMap<StreamId, Stream>,
+    /// The highest id that either side has used.
+    pub(super) high: StreamId,
+    pub(super) sender: Sender,
+    /// What we said goodbye with, and whether the peer did.
+    pub(super) last_accepted: Option<StreamId>,
+    peer_left: bool,
+    /// Streams that the peer's GOAWAY left behind: reported one by one.
+    orphans: Vec<StreamId>,
+    table: Vec<Arc<Open>>,
+    parser: Parser,
+    /// What the peer may still send on the whole link, and what is to be given back to it.
+    link_left: i64,
+    pub(super) link_owed: u32,
+    /// Sum of what streams' windows grew beyond their first size.
+    pub(super) grown: u32,
+    opens: Rate,
+    resets: Rate,
+    controls: Rate,
+}
+
+/// One stream as both directions need it; idle streams own no buffer.
+#[derive(Debug)]
+pub(super) struct Stream {
+    pub(super) sending: super::send::Sending,
+    /// What the peer may still send before it is granted more.
+    pub(super) left: i64,
+    /// The size the window has grown to.
+    pub(super) window: u32,
+    /// Delivered, and not yet consumed.
+    pub(super) unread: u32,
+    /// Consumed, and not yet granted again.
+    pub(super) owed: u32,
+    pub(super) granted_at: Duration,
+    pub(super) fin_received: bool,
+}
+
+/// Where in a frame the input stands.
+#[derive(Debug, Default)]
+struct Parser {
+    head: [u8; HEADER + 2],
+    have: usize,
+    /// The payload of SETTINGS, OPEN or PING so far.
+    payload: Vec<u8>,
+    data: Option<DataFrame>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct DataFrame {
+    id: StreamId,
+    left: usize,
+    fin: bool,
+}
+
+impl Session {
+    pub fn new(role: Role, limits: Limits) -> Self {
+        Self {
+            role,
+            limits,
+            peer: None,
+            streams: BTreeMap::new(),
+            high: 0,
+            sender: Sender::new(&limits),
+            last_accepted: None,
+            peer_left: false,
+            orphans: Vec::new(),
+            table: Vec::new(),
+            parser: Parser::default(),
+            link_left: i64::from(limits.link_window),
+            link_owed: 0,
+            grown: 0,
+            opens: Rate::new(limits.opens_per_second),
+            resets: Rate::new(limits.resets_per_second),
+            controls: Rate::new(limits.control_per_second),
+        }
+    }
+
+    /// Takes bytes from the front of `input` until something happened; `None`: all input is used up.
+    ///
+    /// Errors close the link: nothing may be fed or sent afterwards.
+    pub fn receive<'a>(&mut self, now: Duration, input: &mut &'a [u8]) -> Result<Option<Event<'a>>, LinkClosed> {
+        loop {
+            if let Some(id) = self.orphans.pop() {
+                return Ok(Some(Event::Reset { id, reason: StreamReset::Refused }));
+            }
+            if let Some(frame) = self.parser.data {
+                match self.data(frame, input) {
+                    Some(event) => return Ok(Some(event)),
+                    None if self.parser.data.is_some() => return Ok(None), // needs more input
+                    None => continue,                                      // the stream is gone: bytes discarded
+                }
+            }
+            let Some(header) = self.parser.header(input)? else { return Ok(None) };
+            if self.peer.is_none() && header.kind != Type::Settings {
+                return Err(LinkClosed::BadSettings);
+            }
+            let has_payload = matches!(header.kind, Type::Settings | Type::Open | Type::Ping);
+            if has_payload && !self.parser.payload(header.length, input)? {
+                return Ok(None);
+            }
+            let index = u16::from_be_bytes([self.parser.head[HEADER], self.parser.head[HEADER + 1]]);
+            self.parser.have = 0;
+            let payload = std::mem::take(&mut self.parser.payload);
+            let event = match header.kind {
+                Type::Data => self.data_header(now, header, index)?,
+                Type::Window => self.window(now, header)?,
+                Type::Rst => self.rst(now, header)?,
+                Type::Open => self.open_frame(now, header, &payload)?,
+                Type::Ping => self.ping_frame(now, header, &payload)?,
+                Type::GoAway => self.goaway_frame(now, header)?,
+                Type::Settings => self.settings(header, &payload)?,
+            };
+            if event.is_some() {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// Opens a stream. Nothing leaves before `transmit`, so the first `send` travels with the OPEN.
+    pub fn open(&mut self, now: Duration, open: Open) -> Result<StreamId, NoStream> {
+        debug_assert_eq!(self.role, Role::Dialler, "only the dialling side opens streams");
+        if self.is_leaving() || self.high >= LAST_ID {
+            return Err(NoStream::GoingAway);
+        }
+        let peer = self.peer.ok_or(NoStream::NotReady)?;
+        if self.streams.len() >= peer.max_streams as usize {
+            return Err(NoStream::Full);
+        }
+        self.high += 1;
+        let stream = Stream::new(now, &self.limits, peer.window);
+        self.streams.insert(self.high, stream);
+        self.sender.announce(self.high, open);
+        Ok(self.high)
+    }
+
+    /// Gives back `n` bytes that `Event::Data` delivered: the peer may send as many more.
+    pub fn consume(&mut self, id: StreamId, n: usize) {
+        let n = u32::try_from(n).unwrap_or(u32::MAX);
+        self.link_owed = self.link_owed.saturating_add(n);
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.unread = stream.unread.saturating_sub(n);
+            let before = stream.owed;
+            stream.owed = stream.owed.saturating_add(n);
+            let due = stream.window / 2;
+            if !stream.fin_received && before < due && stream.owed >= due {
+                self.sender.grants.push(id);
+            }
+        }
+    }
+
+    /// Gives the stream up in both directions; what was not yet sent is dropped.
+    pub fn reset(&mut self, id: StreamId, reason: StreamReset) {
+        if self.forget(id) {
+            let header = Header { kind: Type::Rst, flags: 0, length: reset_number(reason), id };
+            header.write(&mut self.sender.control);
+        }
+    }
+
+    /// Says goodbye: no new streams; those that are open go on.
+    pub fn go_away(&mut self) {
+        if self.last_accepted.is_none() {
+            self.last_accepted = Some(self.high);
+            let id = if self.role == Role::Acceptor { self.high } else { 0 };
+            Header { kind: Type::GoAway, flags: 0, length: 0, id }.write(&mut self.sender.control);
+        }
+    }
+
+    /// Asks the peer for a `Pong` with the same number.
+    pub fn ping(&mut self, number: u64) {
+        Header { kind: Type::Ping, flags: 0, length: 8, id: 0 }.write(&mut self.sender.control);
+        self.sender.control.extend_from_slice(&number.to_be_bytes());
+    }
+
+    /// True if `open` may succeed on this link for a while: not full, not leaving, not choked by its own streams.
+    pub fn has_room(&self) -> bool {
+        let full = self.peer.is_none_or(|peer| self.streams.len() >= peer.max_streams as usize);
+        let choked = self.link_left < i64::from(self.limits.link_window / 2) || self.sender.link_window <= 0;
+        !(full || choked || self.is_leaving() || self.high >= LAST_ID)
+    }
+
+    /// True once the peer's SETTINGS came: before that no stream can be opened.
+    pub fn is_ready(&self) -> bool {
+        self.peer.is_some()
+    }
+
+    /// True once either side said goodbye.
+    pub fn is_leaving(&self) -> bool {
+        self.peer_left || self.last_accepted.is_some()
+    }
+
+    pub fn open_streams(&self) -> usize {
+        self.streams.len()
+    }
+
+    /// Streams whose peer granted no window for `limits.stall`, now reset. To be called every few seconds.
+    pub fn reset_stalled(&mut self, now: Duration) -> Vec<StreamId> {
+        let late =
+            |s: &Stream| s.sending.blocked_since.is_some_and(|since| now.saturating_sub(since) >= self.limits.stall);
+        let stalled: Vec<_> = self.streams.iter().filter(|(_, s)| late(s)).map(|(id, _)| *id).collect();
+        for id in &stalled {
+            self.reset(*id, StreamReset::Stalled);
+        }
+        stalled
+    }
+
+    /// Removes a stream; true if the peer has heard of it and still counts it as open.
+    pub(super) fn forget(&mut self, id: StreamId) -> bool {
+        let Some(stream) = self.streams.remove(&id) else { return false };
+        self.grown -= stream.window - self.limits.window;
+        self.sender.drop_stream(&stream.sending)
+    }
+
+    fn settings(&mut self, header: Header, payload: &[u8]) -> Result<Option<Event<'static>>, LinkClosed> {
+        if self.peer.is_some() || header.id != 0 {
+            return Err(LinkClosed::BadSettings);
+        }
+        let settings = Settings::parse(payload)?;
+        self.sender.link_window = i64::from(settings.link_window);
+        self.peer = Some(settings);
+        Ok(None)
+    }
+
+    fn open_frame(
+        &mut self,
+        now: Duration,
+        header: Header,
+        fields: &[u8],
+    ) -> Result<Option<Event<'static>>, LinkClosed> {
+        let open = Arc::new(Open::parse(fields)?);
+        if header.flags & REMEMBER != 0 {
+            if self.table.len() == MAX_TABLE {
+                return Err(LinkClosed::BadFrame);
+            }
+            self.table.push(Arc::clone(&open));
+        }
+        self.accept(now, header.id, open)
+    }
+
+    fn accept(&mut self, now: Duration, id: StreamId, open: Arc<Open>) -> Result<Option<Event<'static>>, LinkClosed> {
+        if self.role == Role::Dialler || id <= self.high || id > LAST_ID {
+            return Err(LinkClosed::BadStream);
+        }
+        if !self.opens.allow(now) {
+            return Err(LinkClosed::OpenRate);
+        }
+        self.high = id;
+        if self.last_accepted.is_some() {
+            return Ok(None); // crossed our GOAWAY: the peer knows that it was not looked at
+        }
+        if self.streams.len() >= self.limits.max_streams as usize {
+            return Err(LinkClosed::TooManyStreams);
+        }
+        let window = self.peer.map_or(0, |peer| peer.window);
+        let mut stream = Stream::new(now, &self.limits, window);
+        stream.sending.announced = true;
+        self.streams.insert(id, stream);
+        Ok(Some(Event::Open { id, open }))
+    }
+
+    fn data_header(&mut self, now: Duration, header: Header, index: u16) -> Result<Option<Event<'static>>, LinkClosed> {
+        let opens = header.flags & OPENS != 0;
+        let fin = header.flags & FIN != 0;
+        let overhead = if opens { 2 } else { 0 };
+        let left = usize::from(header.length).checked_sub(overhead).ok_or(LinkClosed::BadFrame)?;
+        if left == 0 && !fin && !opens {
+            return Err(LinkClosed::BadFrame);
+        }
+        let event = if opens {
+            let open = self.table.get(usize::from(index)).map(Arc::clone).ok_or(LinkClosed::BadFrame)?;
+            self.accept(now, header.id, open)?
+        } else {
+            None
+        };
+        if header.id == 0 || header.id > self.high {
+            return Err(LinkClosed::BadStream);
+        }
+        self.link_left -= left as i64;
+        if self.link_left < 0 {
+            return Err(LinkClosed::WindowExceeded);
+        }
+        if let Some(stream) = self.streams.get_mut(&header.id) {
+            stream.left -= left as i64;
+            if stream.fin_received {
+                return Err(LinkClosed::BadStream);
+            }
+            if stream.left < 0 {
+                return Err(LinkClosed::WindowExceeded);
+            }
+        }
+        if left > 0 || fin {
+            self.parser.data = Some(DataFrame { id: header.id, left, fin });
+        }
+        Ok(event)
+    }
+
+    /// Hands out what is there of a DATA frame. `None`: nothing is there, or it was discarded.
+    fn data<'a>(&mut self, frame: DataFrame, input: &mut &'a [u8]) -> Option<Event<'a>> {
+        if frame.left > 0 && input.is_empty() {
+            return None;
+        }
+        let (bytes, rest) = input.split_at(frame.left.min(input.len()));
+        *input = rest;
+        let left = frame.left - bytes.len();
+        self.parser.data = (left > 0).then_some(DataFrame { left, ..frame });
+        let fin = frame.fin && left == 0;
+        let Some(stream) = self.streams.get_mut(&frame.id) else {
+            // It crossed our RST or its end: the bytes count for the link only.
+            self.link_owed = self.link_owed.saturating_add(bytes.len() as u32);
+            return None;
+        };
+        stream.unread += bytes.len() as u32;
+        stream.fin_received = fin;
+        if fin && stream.sending.fin_sent {
+            self.forget(frame.id);
+        }
+        Some(Event::Data { id: frame.id, bytes, fin })
+    }
+
+    fn window(&mut self, now: Duration, header: Header) -> Result<Option<Event<'static>>, LinkClosed> {
+        let credit = i64::from(header.length) << 10;
+        if credit == 0 {
+            return Err(LinkClosed::BadFrame);
+        }
+        if header.id == 0 {
+            self.sender.link_window += credit;
+            let ok = self.sender.link_window <= MAX_LINK_WINDOW;
+            return if ok { Ok(None) } else { Err(LinkClosed::WindowExceeded) };
+        }
+        let Some(stream) = self.streams.get_mut(&header.id) else { return self.gone(now, header.id) };
+        stream.sending.window += credit;
+        if stream.sending.window > MAX_WINDOW {
+            return Err(LinkClosed::WindowExceeded);
+        }
+        self.sender.look_again(header.id, &mut stream.sending);
+        Ok(None)
+    }
+
+    fn rst(&mut self, now: Duration, header: Header) -> Result<Option<Event<'static>>, LinkClosed> {
+        if !self.streams.contains_key(&header.id) {
+            return self.gone(now, header.id);
+        }
+        if !self.resets.allow(now) {
+            return Err(LinkClosed::ResetRate);
+        }
+        self.forget(header.id);
+        Ok(Some(Event::Reset { id: header.id, reason: reset_reason(header.length) }))
+    }
+
+    /// A frame for a stream that is gone: normal when it crossed our own end of it, a violation if it never was.
+    fn gone(&mut self, now: Duration, id: StreamId) -> Result<Option<Event<'static>>, LinkClosed> {
+        match id {
+            0 => Err(LinkClosed::BadStream),
+            id if id > self.high => Err(LinkClosed::BadStream),
+            _ if !self.controls.allow(now) => Err(LinkClosed::ControlRate),
+            _ => Ok(None),
+        }
+    }
+
+    fn ping_frame(
+        &mut self,
+        now: Duration,
+        header: Header,
+        payload: &[u8],
+    ) -> Result<Option<Event<'static>>, LinkClosed> {
+        let number: [u8; 8] = payload.try_into().map_err(|_| LinkClosed::BadFrame)?;
+        if header.id != 0 {
+            return Err(LinkClosed::BadFrame);
+        }
+        if !self.controls.allow(now) || self.sender.control.len() > MAX_CONTROL_WAITING {
+            return Err(LinkClosed::ControlRate);
+        }
+        if header.flags & ACK != 0 {
+            return Ok(Some(Event::Pong(u64::from_be_bytes(number))));
+        }
+        Header { flags: ACK, ..header }.write(&mut self.sender.control);
+        self.sender.control.extend_from_slice(&number);
+        Ok(None)
+    }
+
+    fn goaway_frame(&mut self, now: Duration, header: Header) -> Result<Option<Event<'static>>, LinkClosed> {
+        if header.length != 0 {
+            return Err(LinkClosed::BadFrame);
+        }
+        if !self.controls.allow(now) {
+            return Err(LinkClosed::ControlRate);
+        }
+        self.peer_left = true;
+        if self.role == Role::Dialler {
+            let orphans = self.streams.range(header.id.saturating_add(1)..).map(|(id, _)| *id).collect::<Vec<_>>();
+            for id in &orphans {
+                self.forget(*id);
+            }
+            self.orphans.extend(orphans);
+        }
+        Ok(Some(Event::GoAway))
+    }
+
+    pub(super) fn link_granted(&mut self, credit: u32) {
+        self.link_owed -= credit;
+        self.link_left += i64::from(credit);
+    }
+}
+
+impl Stream {
+    fn new(now: Duration, limits: &Limits, send_window: u32) -> Self {
+        Self {
+            sending: super::send::Sending::new(send_window),
+            left: i64::from(limits.window),
+            window: limits.window,
+            unread: 0,
+            owed: 0,
+            granted_at: now,
+            fin_received: false,
+        }
+    }
+}
+
+impl Parser {
+    /// Collects a header (with the table index of an opening DATA frame); `None`: needs more input.
+    fn header(&mut self, input: &mut &[u8]) -> Result<Option<Header>, LinkClosed> {
+        loop {
+            let complete = if self.have < HEADER {
+                HEADER
+            } else {
+                let head: [u8; HEADER] = std::array::from_fn(|i| self.head[i]);
+                let header = Header::parse(&head)?;
+                let indexed = header.kind == Type::Data && header.flags & OPENS != 0;
+                if !indexed || self.have == HEADER + 2 {
+                    return Ok(Some(header));
+                }
+                HEADER + 2
+            };
+            let n = (complete - self.have).min(input.len());
+            if n == 0 {
+                return Ok(None);
+            }
+            let (bytes, rest) = input.split_at(n);
+            self.head[self.have..self.have + n].copy_from_slice(bytes);
+            self.have += n;
+            *input = rest;
+        }
+    }
+
+    /// Collects a control payload; false: needs more input.
+    fn payload(&mut self, length: u16, input: &mut &[u8]) -> Result<bool, LinkClosed> {
+        let length = usize::from(length);
+        if length > MAX_CONTROL {
+            return Err(LinkClosed::BadFrame);
+        }
+        let n = (length - self.payload.len()).min(input.len());
+        let (bytes, rest) = input.split_at(n);
+        self.payload.extend_from_slice(bytes);
+        *input = rest;
+        Ok(self.payload.len() == length)
+    }
+}
+
+/// The link is retired before its ids run out.
+const LAST_ID: StreamId = 1 << 31;
+/// Answers that a peer provokes and does not read.
+const MAX_CONTROL_WAITING: usize = 256 << 10;
