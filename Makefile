@@ -8,7 +8,7 @@ demo: install
 	@.venv/bin/mantle demo $(if $(FOR),--for $(FOR))
 
 test: install
-	@scripts/test.sh
+	@.venv/bin/python scripts/test.py
 
 install:
 	@scripts/install.sh $(PROFILE)

@@ -57,7 +57,7 @@ async def serve(service: str, methods: Mapping[str, Method], environment: Mappin
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    metrics, metrics_thread = start_http_server(prometheus_port)
+    start_http_server(prometheus_port)  # its thread ends with the process
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     handlers = {name: _handler(service, name, method) for name, method in methods.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
@@ -66,6 +66,3 @@ async def serve(service: str, methods: Mapping[str, Method], environment: Mappin
     print(f"{service}: gRPC on {port}, metrics on {prometheus_port}", flush=True)
     await stop.wait()
     await server.stop(GRACE_SECONDS)
-    metrics.shutdown()
-    metrics.server_close()
-    metrics_thread.join()

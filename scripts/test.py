@@ -1,0 +1,112 @@
+"""`make test`: lint, the Rust tests, the Python tests (real proxies in real namespaces and the demo among them).
+
+Every step runs even when an earlier one failed. The last lines are one table and, for machines, `tests: N passed, N
+failed`. Arguments go to pytest: `python scripts/test.py -k inject`. With CI=true a skipped test is a failure.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = os.environ.get("MANTLE_TEST_WORKERS", "4")
+"""Most tests of real proxies wait more than they compute, so there are more workers than cores."""
+
+
+@dataclass
+class Step:
+    """What came of one step. `failed` counts tests; a step that breaks without any counts as one."""
+
+    name: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+
+
+def missing_programs() -> str:
+    """The sentence about third-party programs that tests talk to and this machine lacks; empty if there are none."""
+    lines = (ROOT / "tests" / "programs.txt").read_text().splitlines()
+    wanted = [line.split() for line in lines if line and not line.startswith("#")]
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    missing = [(program, package) for program, package in wanted if not shutil.which(program, path=path)]
+    if not missing:
+        return ""
+    programs = ", ".join(program for program, _ in missing)
+    packages = " ".join(sorted({package for _, package in missing}))
+    return (
+        f"The tests need programs that this machine does not have: {programs} (on Debian: apt-get install {packages})."
+    )
+
+
+def run(name: str, command: Sequence[str], **environment: str) -> tuple[int, str, float]:
+    """Runs a step, shows its output as it comes; returns exit code, output, seconds."""
+    print(f"\n== {name}: {' '.join(command)}", flush=True)
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return process.wait(), "".join(lines), time.monotonic() - began
+
+
+def lint() -> Step:
+    code, output, seconds = run("lint", ["scripts/lint.sh"])
+    failed = len(re.findall(r"^lint: .* FAILED$", output, re.M))
+    return Step("lint", len(re.findall(r"^lint: .* ok ", output, re.M)), failed or int(code != 0), 0, seconds)
+
+
+def rust() -> Step:
+    command = ["cargo", "test", "--manifest-path", "proxy/Cargo.toml", "--workspace", "--locked"]
+    code, output, seconds = run("rust", command)
+    results = re.findall(r"^test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", output, re.M)
+    passed, failed, ignored = (sum(int(row[column]) for row in results) for column in range(3))
+    return Step("rust", passed, failed or int(code != 0), ignored, seconds)
+
+
+def python(arguments: Sequence[str]) -> Step:
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "junit.xml"
+        workers = ["-n", WORKERS, "--dist", "worksteal"]
+        command = [".venv/bin/pytest", "-q", *workers, f"--junit-xml={report}", "--durations=8", *arguments]
+        code, _, seconds = run("python", command)
+        suites = list(ElementTree.parse(report).getroot()) if report.exists() else []
+    total, failures, errors, skipped = (
+        sum(int(suite.get(key, "0")) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    )
+    failed = failures + errors
+    return Step("python", total - failed - skipped, failed or int(code != 0), skipped, seconds)
+
+
+def main() -> None:
+    if sentence := missing_programs():
+        print(sentence, file=sys.stderr)
+        sys.exit(1)
+    if "CARGO_TARGET_DIR" not in os.environ:
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        os.environ["CARGO_TARGET_DIR"] = f"{cache}/mantle/target"
+    steps = [lint(), rust(), python(sys.argv[1:])]
+    print("\n== summary")
+    for step in steps:
+        counts = f"{step.passed:5} passed {step.failed:4} failed {step.skipped:4} skipped"
+        print(f"   {step.name:8} {counts} {step.seconds:8.1f} s")
+    print(f"   {'all':8} {sum(step.seconds for step in steps):52.1f} s")
+    passed, failed, skipped = (sum(getattr(s, k) for s in steps) for k in ("passed", "failed", "skipped"))
+    print(f"tests: {passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
