@@ -1,7 +1,7 @@
 """The viz component: its flags, and the wiring of platform, scraper, tap, API and admin port. No logic.
 
-Run as `python -m mantle.control_plane viz …` in the pod `mantle-viz`. Its sidecar makes every call to another pod mutual
-TLS, with the one identity that proxies let tap.
+Run as `python -m mantle.control_plane viz …` in the pod `mantle-viz`. Its sidecar makes every call to another pod
+mutual TLS, with the one identity that proxies let tap.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
+import socket
 import stat
 import time
 from collections.abc import Sequence
@@ -149,15 +151,21 @@ async def _serve_port(servers: contextlib.AsyncExitStack, app: web.Application, 
 
 
 async def _serve_socket(servers: contextlib.AsyncExitStack, app: web.Application, path: Path) -> None:
-    """Serves on a Unix socket that only its owner's group may open, replacing one that a killed process left."""
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(path.stat().st_mode):
-            path.unlink()
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     servers.push_async_callback(runner.cleanup)
-    await web.UnixSite(runner, str(path)).start()
-    path.chmod(0o660)
+    await web.SockSite(runner, _bind(path)).start()
+
+
+def _bind(path: Path) -> socket.socket:
+    """A Unix socket that only owner and group may open, in place of one that a killed process left."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.stat().st_mode):
+            path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.fchmod(listener.fileno(), 0o660)
+    listener.bind(str(path))
+    return listener
 
 
 class _Metrics(Collector):

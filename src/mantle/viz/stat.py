@@ -7,7 +7,7 @@ left the pods of the namespace towards them; with `to` what left the resources t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,8 +229,3 @@ def quantile(buckets: Mapping[float, float], q: float) -> int | None:
 
 def _half_up(value: float) -> int:
     return math.floor(value + 0.5)
-
-
-def is_workload_meshed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows to show by default: those with a meshed pod, or that are not made of pods."""
-    return [row for row in rows if row["meshed"] is None or not row["meshed"].startswith("0/")]
