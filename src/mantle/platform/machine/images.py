@@ -1,0 +1,235 @@
+"""What `image:` means on one machine: a program of this machine, found by a map that the user writes.
+
+    images:
+      ghcr.io/acme/web:1.4:          # exact, or without a tag for every tag
+        command: [python3, -m, web]  # the image's entrypoint; found on the PATH
+        args: [--verbose]            # its default arguments
+        directory: ./web             # working directory, relative to this file
+        env: {PORT: "8080"}
+
+For: reading such maps, and joining an image with a container as a container runtime does (`command` replaces the
+entrypoint and drops the default arguments, `args` replaces only these). Pure, but for `find_program`, the rim.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+from mantle.platform.machine.schema import ENV, TEXT, Map, Obj, Scalar, Seq, Wrong, walk
+from mantle.platform.machine.yamlpos import Document, Mistake
+from mantle.platform.machine.yamlpos import read as read_yaml
+
+MAP_NAME = "mantle.images.yml"
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One entry of a map. `where` is what an error points at."""
+
+    command: tuple[str, ...]
+    args: tuple[str, ...] = ()
+    directory: str = "/"
+    env: Mapping[str, str] = field(default_factory=dict)
+    file: str = ""
+    line: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a container runs, before variables are expanded and the program is looked up."""
+
+    argv: tuple[str, ...]
+    cwd: str
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class NotFound:
+    """A program that cannot be run, and why."""
+
+    problem: str
+    fix: str
+
+
+_IMAGE = Obj(
+    {
+        "command": Seq(TEXT),
+        "args": Seq(TEXT),
+        "directory": Scalar("a directory", (str,)),
+        "env": Map(Scalar("text", (str,))),
+    },
+    ("command",),
+)
+
+
+def read_map(file: str, text: str, directory: str) -> tuple[dict[str, Image], list[Mistake]]:
+    """The images of one map. `directory` is where the file lies (absolute): what its relative directories start from."""
+    documents, mistakes = read_yaml(file, text)
+    images: dict[str, Image] = {}
+    for document in documents:
+        value = document.value
+        if not isinstance(value, dict) or not isinstance(value.get("images"), dict):
+            mistakes.append(
+                Mistake(
+                    file,
+                    document.line(()),
+                    "a map of images begins with `images:`",
+                    "write `images:` and, indented, one entry an image",
+                )
+            )
+            continue
+        mistakes += [
+            Mistake(file, document.line((key,)), f"unknown field {key}", "only `images:` belongs here")
+            for key in value
+            if key != "images"
+        ]
+        for name, entry in value["images"].items():
+            _entry(file, directory, document, name, entry, images, mistakes)
+    return images, mistakes
+
+
+def _entry(
+    file: str,
+    directory: str,
+    document: Document,
+    name: str,
+    entry: Any,
+    images: dict[str, Image],
+    mistakes: list[Mistake],
+) -> None:
+    at = ("images", name)
+    wrong = [w for w in walk(_IMAGE, entry if entry is not None else {}) if isinstance(w, Wrong)]
+    for w in wrong:
+        fix = w.fix
+        if w.path == ("command",) and isinstance(entry.get("command"), str):
+            fix = f"write a list: command: [{', '.join(entry['command'].split())}]"
+        mistakes.append(Mistake(file, document.line((*at, *w.path)), f"image {name}: {w.message}", fix))
+    if wrong:
+        return
+    for variable in entry.get("env") or {}:
+        if problem := ENV.check(variable):
+            mistakes.append(Mistake(file, document.line((*at, "env", variable)), f"image {name}: {problem}"))
+    if not entry["command"]:
+        mistakes.append(
+            Mistake(file, document.line((*at, "command")), f"image {name}: the command is empty", "name a program")
+        )
+        return
+    cwd = (
+        os.path.normpath(os.path.join(directory, os.path.expanduser(entry["directory"])))
+        if entry.get("directory")
+        else "/"
+    )
+    images[name] = Image(
+        tuple(entry["command"]),
+        tuple(entry.get("args") or ()),
+        cwd,
+        dict(entry.get("env") or {}),
+        file,
+        document.line(at),
+    )
+
+
+def untagged(image: str) -> str:
+    """`registry:5000/acme/web:1.4@sha256:…` -> `registry:5000/acme/web`"""
+    image = image.split("@", 1)[0]
+    head, _, last = image.rpartition("/")
+    return f"{head}/{last.split(':', 1)[0]}" if head else last.split(":", 1)[0]
+
+
+def resolve(image: str, maps: Iterable[Mapping[str, Image]]) -> Image | None:
+    """The entry of the first map that has the image exactly, or for every tag. None: nobody mapped it (`unmapped` says so)."""
+    for images in maps:
+        found = images.get(image) or images.get(untagged(image))
+        if found is not None:
+            return found
+    return None
+
+
+def unmapped(image: str, beside: str) -> tuple[str, str]:
+    """(message, fix) for an image that nobody mapped. `beside`: the manifest's file name."""
+    guess = untagged(image).rsplit("/", 1)[-1]
+    folder = os.path.dirname(beside)
+    target = os.path.join(folder, MAP_NAME) if folder else MAP_NAME
+    lines = f"images:\n  {image}:\n    command: [{guess}]   # the program that this image runs, as found on your PATH\n    directory: .         # where it runs, relative to that file"
+    return (
+        f"the image {image} is not mapped to a program of this machine",
+        f"add to {target} (or to a file given with --images):\n"
+        + "\n".join("        " + line for line in lines.split("\n")),
+    )
+
+
+def join(image: Image, container: Mapping[str, Any]) -> Program:
+    """The image's program with the container's `command`, `args` and `workingDir`, as a container runtime joins them."""
+    command, args = container.get("command"), container.get("args")
+    if command:
+        argv = [*command, *(args or [])]
+    elif args:
+        argv = [*image.command, *args]
+    else:
+        argv = [*image.command, *image.args]
+    return Program(tuple(argv), container.get("workingDir") or image.directory, image.env)
+
+
+_VARIABLE = re.compile(r"\$(\$|\(([-._a-zA-Z][-._a-zA-Z0-9]*)\))")
+
+
+def expand(text: str, env: Mapping[str, str]) -> str:
+    """Kubernetes' `$(VAR)`: unknown ones stay as they are, `$$` is one `$`."""
+
+    def one(match: re.Match[str]) -> str:
+        if match[1] == "$":
+            return "$"
+        return env.get(match[2], match[0])
+
+    return _VARIABLE.sub(one, text)
+
+
+def find_program(name: str, cwd: str, search: Iterable[str]) -> str | NotFound:
+    """The absolute path of a program: a path is taken from `cwd`, a bare name is looked for in each directory of `search`."""
+    if not name or "\0" in name:
+        return NotFound("the command is empty", "name a program")
+    if "/" in name:
+        path = os.path.normpath(os.path.join(cwd, name))
+        if os.path.isdir(path):
+            return NotFound(f"{path} is a directory, not a program", "name the program inside it")
+        if not os.path.exists(path):
+            return NotFound(f"the program {path} does not exist", "correct the path, or build it first")
+        return path if os.access(path, os.X_OK) else NotFound(f"{path} may not be executed", f"chmod +x {path}")
+    search = [entry for entry in search if entry]
+    for entry in search:
+        path = os.path.join(os.path.abspath(entry), name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    shown = ":".join(search[:6]) + ("…" if len(search) > 6 else "")
+    return NotFound(f"the program {name} is not on your PATH", f"install it, or write its path (looked in {shown})")
+
+
+def is_private(path: str) -> bool:
+    """Is an ancestor of `path` closed to other users?"""
+    for parent in FilePath(path).parents:
+        try:
+            if not parent.stat().st_mode & 0o001:
+                return True
+        except OSError:
+            return False
+    return False
+
+
+def exposures(program: str, cwd: str) -> list[str]:
+    """Directories that a pod needs to see though an ancestor is private: where the program and its libraries lie, and where it runs."""
+    wanted = [cwd] if cwd != "/" else []
+    for path in {program, os.path.realpath(program)}:
+        folder = os.path.dirname(path)
+        prefix = os.path.dirname(folder)
+        whole = os.path.basename(folder) == "bin" and os.path.isdir(os.path.join(prefix, "lib")) and _open(prefix)
+        wanted.append(prefix if whole else folder)
+    return sorted({path for path in wanted if os.path.isdir(path) and is_private(path)})
+
+
+def _open(path: str) -> bool:
+    return bool(os.stat(path).st_mode & 0o001)
