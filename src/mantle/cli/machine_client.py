@@ -1,7 +1,7 @@
 """The CLI's client of a mesh's daemon: HTTP and JSON over the Unix socket `api.sock`, standard library only.
 
 Which mesh: the one named, else the only one that runs; where several run, an error lists them. Every failure is a
-`Failure` with its fix: no socket error reaches the user. Importing grpc or aiohttp here would slow every command's start.
+`Failure` with its fix: no socket error reaches the user. Importing grpc or aiohttp here would slow all commands.
 """
 
 from __future__ import annotations

@@ -13,6 +13,11 @@ from types import MappingProxyType
 EMPTY: Mapping[str, str] = MappingProxyType({})
 
 
+def _empty() -> Mapping[str, str]:
+    """Python 3.11 takes a mapping proxy for a mutable default."""
+    return EMPTY
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """The name of a namespaced object."""
@@ -50,8 +55,8 @@ class Pod:
     ip: str
     service_account: str
     owner: Owner
-    labels: Mapping[str, str] = field(default_factory=lambda: EMPTY)
-    annotations: Mapping[str, str] = field(default_factory=lambda: EMPTY)
+    labels: Mapping[str, str] = field(default_factory=_empty)
+    annotations: Mapping[str, str] = field(default_factory=_empty)
     ports: tuple[ContainerPort, ...] = ()
     phase: str = "Running"
     ready: bool = False
@@ -79,16 +84,16 @@ class Service:
     cluster_ip: str
     """An address, or `None` as text for a headless service (Kubernetes spells it so)."""
     ports: tuple[ServicePort, ...] = ()
-    selector: Mapping[str, str] = field(default_factory=lambda: EMPTY)
-    annotations: Mapping[str, str] = field(default_factory=lambda: EMPTY)
+    selector: Mapping[str, str] = field(default_factory=_empty)
+    annotations: Mapping[str, str] = field(default_factory=_empty)
     publish_not_ready: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
     name: str
-    labels: Mapping[str, str] = field(default_factory=lambda: EMPTY)
-    annotations: Mapping[str, str] = field(default_factory=lambda: EMPTY)
+    labels: Mapping[str, str] = field(default_factory=_empty)
+    annotations: Mapping[str, str] = field(default_factory=_empty)
 
 
 @dataclass(frozen=True, slots=True)

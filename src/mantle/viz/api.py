@@ -1,0 +1,236 @@
+"""viz's API for the CLI: HTTP and JSON on a Unix socket, which file permissions guard and the daemon relays.
+
+`GET /v1/edges`, `GET /v1/stat`, `GET /v1/summary`, `POST /v1/tap` (NDJSON until the client goes). Requests are parsed
+here, once, with every mistake reported at once; answers are made by `edges`, `stat` and `tap`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from mantle.viz import edges, stat, tap, tap_events
+from mantle.viz.scrape import Health
+from mantle.viz.source import MetricsSource
+from mantle.viz.world import World
+
+EDGES_WINDOW_SECONDS = 300.0
+STAT_WINDOW_SECONDS = 60.0
+MAX_WINDOW_SECONDS = 15 * 60.0
+MAX_BODY_BYTES = 64 << 10
+
+
+class BadRequest(Exception):
+    """Mistakes in a request: (message, fix) each."""
+
+    def __init__(self, mistakes: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(message for message, _ in mistakes))
+        self.mistakes = mistakes
+
+
+class HealthOf(Protocol):
+    """Who knows how scraping goes: `scrape.Scraper`."""
+
+    def health(self) -> Health: ...
+
+
+class Api:
+    """Answers from `source` and `world`; taps through `proxies`. `health` tells how scraping goes."""
+
+    def __init__(self, world: World, source: MetricsSource, proxies: tap.Observes, health: HealthOf) -> None:
+        self._world, self._source, self._proxies, self._health = world, source, proxies, health
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors])
+        app.router.add_get("/v1/edges", self.edges)
+        app.router.add_get("/v1/stat", self.stat)
+        app.router.add_get("/v1/summary", self.summary)
+        app.router.add_post("/v1/tap", self.tap)
+        return app
+
+    async def edges(self, request: web.Request) -> web.Response:
+        fields = _Fields(request.query)
+        kind = fields.one_of("resource", edges.KINDS, default="deployment")
+        namespace = fields.namespace()
+        window = fields.window(EDGES_WINDOW_SECONDS)
+        fields.done()
+        traffic = await self._source.traffic(window)
+        rows = edges.edge_rows(traffic, self._world.addresses, edges.EdgeQuery(kind, namespace))
+        return web.json_response({"edges": rows, "window_seconds": traffic.seconds})
+
+    async def stat(self, request: web.Request) -> web.Response:
+        fields = _Fields(request.query)
+        kind = fields.one_of("resource", stat.KINDS)
+        namespace = fields.namespace()
+        window = fields.window(STAT_WINDOW_SECONDS)
+        to, from_ = (_peer(fields, name, namespace or "default") for name in ("to", "from"))
+        if to and from_:
+            fields.wrong("to and from exclude each other", "leave one of them out")
+        fields.done()
+        query = stat.StatQuery(kind, namespace, request.query.get("name", ""), to, from_)
+        traffic = await self._source.traffic(window)
+        return web.json_response(
+            {"rows": stat.stat_rows(traffic, self._world.snapshot, query), "window_seconds": traffic.seconds}
+        )
+
+    async def summary(self, request: web.Request) -> web.Response:
+        """What `check` and `demo` ask: every edge by its worst state, and how scraping goes."""
+        fields = _Fields(request.query)
+        window = fields.window(EDGES_WINDOW_SECONDS)
+        fields.done()
+        traffic = await self._source.traffic(window)
+        rows = edges.edge_rows(traffic, self._world.addresses, edges.EdgeQuery("deployment", None))
+        health = self._health.health()
+        return web.json_response(
+            {
+                "edges": rows,
+                "secured": sum(not row["no_tls_reason"] for row in rows),
+                "pods_seen": health.pods,
+                "failing": health.failing,
+                "scrape_age_seconds": health.age_seconds,
+            }
+        )
+
+    async def tap(self, request: web.Request) -> web.StreamResponse:
+        query = _tap_query(await _body(request))
+        try:
+            tap.choose(self._world.snapshot, query)
+        except tap.NothingToTap as error:
+            return _failure(404, [(error.message, error.fix)])
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+
+        async def emit(event: Mapping[str, Any]) -> None:
+            await response.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+
+        try:
+            await tap.watch(self._world, self._proxies, query, emit)
+        except* ConnectionError:  # the client went: that is how a tap ends
+            pass
+        return response
+
+
+class _Fields:
+    """Reads the fields of a query, collecting mistakes."""
+
+    def __init__(self, query: Mapping[str, str]) -> None:
+        self._query = query
+        self._mistakes: list[tuple[str, str]] = []
+
+    def wrong(self, message: str, fix: str) -> None:
+        self._mistakes.append((message, fix))
+
+    def text(self, name: str) -> str:
+        return self._query.get(name, "")
+
+    def one_of(self, name: str, allowed: tuple[str, ...], default: str = "") -> str:
+        value = self._query.get(name, default)
+        if value not in allowed:
+            self.wrong(f"{name} is {value!r}", f"use one of: {', '.join(allowed)}")
+        return value
+
+    def namespace(self) -> str | None:
+        """None if all are asked for."""
+        return None if self.text("all") in ("1", "true") else self.text("namespace") or "default"
+
+    def window(self, default: float) -> float:
+        text = self.text("window")
+        try:
+            value = float(text) if text else default
+        except ValueError:
+            value = -1.0
+        if not stat.MIN_WINDOW_SECONDS <= value <= MAX_WINDOW_SECONDS:
+            self.wrong(
+                f"metrics time window needs to be at least {stat.MIN_WINDOW_SECONDS}s and at most 15m, not {text}",
+                "choose another one with -t",
+            )
+        return value
+
+    def done(self) -> None:
+        """Raises `BadRequest` if anything was wrong."""
+        if self._mistakes:
+            raise BadRequest(self._mistakes)
+
+
+def _peer(fields: _Fields, name: str, namespace: str) -> stat.Peer | None:
+    """`to=deployment/web`, with `to_namespace`."""
+    kind, _, peer = fields.text(name).partition("/")
+    if not kind:
+        return None
+    if kind not in stat.KINDS:
+        fields.wrong(f"{name} is of kind {kind!r}", f"use one of: {', '.join(stat.KINDS)}")
+    return stat.Peer(kind, peer, fields.text(f"{name}_namespace") or namespace)
+
+
+async def _body(request: web.Request) -> Mapping[str, Any]:
+    try:
+        body = await request.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise BadRequest([("the body is not a JSON object", "send one")])
+    return body
+
+
+def _tap_query(body: Mapping[str, Any]) -> tap_events.TapQuery:
+    """The query of `POST /v1/tap`. Raises `BadRequest` with everything that is wrong."""
+    mistakes: list[tuple[str, str]] = []
+
+    def target(name: str) -> tap_events.Target | None:
+        value = body.get(name)
+        if value is None and name == "to":
+            return None
+        fields = [value.get(field) or "" for field in ("kind", "name", "namespace")] if isinstance(value, dict) else []
+        if len(fields) != 3 or not all(isinstance(field, str) for field in fields):
+            mistakes.append((f"{name} is not a resource", 'send {"kind": …, "name": …, "namespace": …}'))
+            return None
+        if fields[0] not in tap_events.TARGET_KINDS:
+            mistakes.append((f"{name} has kind {fields[0]!r}", f"use one of: {', '.join(tap_events.TARGET_KINDS)}"))
+        return tap_events.Target(fields[0], fields[1], fields[2] or "default")
+
+    def text(name: str) -> str:
+        value = body.get(name) or ""
+        if not isinstance(value, str):
+            mistakes.append((f"{name} is not text", "send a string"))
+            return ""
+        return value
+
+    max_rps = body.get("max_rps")
+    if max_rps is None:
+        max_rps = tap_events.DEFAULT_MAX_RPS
+    if isinstance(max_rps, bool) or not isinstance(max_rps, int | float) or not 0 < max_rps <= 1_000_000:
+        mistakes.append((f"max_rps is {max_rps!r}", "send a number above 0"))
+        max_rps = tap_events.DEFAULT_MAX_RPS
+    of, to = target("target"), target("to")
+    query = tap_events.TapQuery(
+        target=of or tap_events.Target("", "", ""),
+        to=to,
+        method=text("method"),
+        path=text("path"),
+        authority=text("authority"),
+        scheme=text("scheme"),
+        max_rps=float(max_rps),
+        headers=bool(body.get("headers")),
+    )
+    if mistakes:
+        raise BadRequest(mistakes)
+    return query
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
+    try:
+        response: web.StreamResponse = await handler(request)
+        return response
+    except BadRequest as error:
+        return _failure(400, error.mistakes)
+    except web.HTTPException as error:
+        return _failure(error.status, [(f"{request.method} {request.path}: {error.reason}", "")])
+
+
+def _failure(status: int, mistakes: list[tuple[str, str]]) -> web.Response:
+    errors = [{"message": message, **({"fix": fix} if fix else {})} for message, fix in mistakes]
+    return web.json_response({"errors": errors}, status=status)

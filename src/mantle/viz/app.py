@@ -1,0 +1,183 @@
+"""The viz component: its flags, and the wiring of platform, scraper, tap, API and admin port. No logic.
+
+Run as `python -m mantle.control_plane viz …` in the pod `mantle-viz`. Its sidecar makes every call to another pod
+mutual TLS, with the one identity that proxies let tap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from mantle.core.names import BadName, MeshNames, mesh_names
+from mantle.platform.port import Platform
+from mantle.platform.remote import RemotePlatform
+from mantle.viz.api import Api
+from mantle.viz.proxies import Proxies
+from mantle.viz.router import router_addresses
+from mantle.viz.scrape import INTERVAL_SECONDS, Scraper
+from mantle.viz.world import World
+
+log = logging.getLogger("mantle.viz")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The parsed command line."""
+
+    admin_host: str
+    admin_port: int
+    platform: Path
+    api: Path
+    names: MeshNames
+    interval: float
+    router: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs viz until SIGTERM or SIGINT. Exit code 2 for a bad command line."""
+    options = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    asyncio.run(_main(options))
+
+
+async def _main(options: Options) -> None:
+    async with RemotePlatform(options.platform) as platform:
+        await run(options, platform)
+
+
+def parse(argv: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(prog="viz", description="Scrapes proxies; serves stat, edges and tap.")
+    parser.add_argument("--admin", default="0.0.0.0:9995", metavar="IP:PORT", help="/ready, /live and /metrics")
+    parser.add_argument("--platform", required=True, metavar="unix:/PATH", help="the platform's socket")
+    parser.add_argument(
+        "--api", type=Path, metavar="PATH", help="the API's socket (default: viz.sock beside --platform)"
+    )
+    parser.add_argument("--control-namespace", default="mantle")
+    parser.add_argument("--trust-domain", default="cluster.local")
+    parser.add_argument("--networks", default="", metavar="CIDR,…", help="the mesh's networks")
+    parser.add_argument("--scrape-interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS")
+    parser.add_argument("--router-ip", action="append", metavar="IP", help="where probes come from (default: found)")
+    args = parser.parse_args(argv)
+    names = mesh_names(args.control_namespace, args.trust_domain)
+    host, _, port = args.admin.rpartition(":")
+    platform = Path(args.platform.removeprefix("unix:"))
+    if isinstance(names, BadName):
+        parser.error(str(names))
+    if not port.isdecimal():
+        parser.error(f"--admin {args.admin}: wanted IP:PORT")
+    if args.scrape_interval <= 0:
+        parser.error("--scrape-interval must be above 0")
+    return Options(
+        admin_host=host.strip("[]"),
+        admin_port=int(port),
+        platform=platform,
+        api=args.api or platform.with_name("viz.sock"),
+        names=names,
+        interval=args.scrape_interval,
+        router=tuple(args.router_ip or router_addresses()),
+    )
+
+
+async def run(options: Options, platform: Platform) -> None:
+    """Everything viz is, until a signal."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    world = World(options.router)
+    async with Proxies(options.names) as proxies, contextlib.AsyncExitStack() as servers:
+        scraper = Scraper(
+            world,
+            proxies,
+            time.monotonic,
+            control_namespace=options.names.control_namespace,
+            interval=options.interval,
+        )
+        registry = CollectorRegistry()
+        registry.register(_Metrics(scraper))
+        await _serve_port(servers, admin(world, registry), options.admin_host, options.admin_port)
+        await _serve_socket(servers, Api(world, scraper, proxies, scraper).application(), options.api)
+        log.info("listening on %s and %s:%d", options.api, options.admin_host, options.admin_port)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(world.follow(platform)), tasks.create_task(scraper.run())]
+            await stop.wait()
+            log.info("stopping")
+            for task in running:
+                task.cancel()
+
+
+def admin(world: World, registry: CollectorRegistry) -> web.Application:
+    """`/live` at once, `/ready` when the platform has told us what there is, `/metrics` always."""
+
+    async def ready(_: web.Request) -> web.Response:
+        known = world.is_known
+        return web.Response(
+            text="ok\n" if known else "the platform has not answered yet\n", status=200 if known else 503
+        )
+
+    async def live(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.router.add_get("/ready", ready)
+    app.router.add_get("/live", live)
+    app.router.add_get("/metrics", metrics)
+    return app
+
+
+async def _serve_port(servers: contextlib.AsyncExitStack, app: web.Application, host: str, port: int) -> None:
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    servers.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, host, port, reuse_address=True).start()
+
+
+async def _serve_socket(servers: contextlib.AsyncExitStack, app: web.Application, path: Path) -> None:
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    await runner.setup()
+    servers.push_async_callback(runner.cleanup)
+    await web.SockSite(runner, _bind(path)).start()
+
+
+def _bind(path: Path) -> socket.socket:
+    """A Unix socket that only owner and group may open, in place of one that a killed process left."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.stat().st_mode):
+            path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.fchmod(listener.fileno(), 0o660)
+    listener.bind(str(path))
+    return listener
+
+
+class _Metrics(Collector):
+    """viz's own state, read when asked for."""
+
+    def __init__(self, scraper: Scraper) -> None:
+        self._scraper = scraper
+
+    def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
+        health = self._scraper.health()
+        return [
+            GaugeMetricFamily("mantle_viz_pods", "Proxies asked in the last round.", value=health.pods),
+            GaugeMetricFamily("mantle_viz_failing_pods", "Proxies that did not answer.", value=len(health.failing)),
+            GaugeMetricFamily("mantle_viz_window_entries", "Numbers in the window.", value=self._scraper.entries),
+        ]

@@ -1,0 +1,108 @@
+"""Tap: one watch over all pods of a target, merged into one stream of objects until whoever asked goes away.
+
+Each pod's proxy is asked by `Observe` with a share of the rate as its limit; the proxy ends the call when the limit is
+reached, and it is asked again at the next second. Pods that come or go meanwhile join or leave. A proxy that cannot be
+asked gives one notice, not the end of the watch: the others still have something to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+from mantle.core.model import Pod, Snapshot
+from mantle.gen.io.linkerd.proxy import tap_pb2
+from mantle.viz.mesh import is_meshed
+from mantle.viz.proxies import Unreachable
+from mantle.viz.tap_events import TapQuery, event_object, limit_per_pod, observe_request, targets
+from mantle.viz.world import World
+
+WINDOW_SECONDS = 1.0
+"""A proxy reports at most its share of requests in this time."""
+RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
+QUEUED_EVENTS = 1000
+"""Beyond this a slow reader holds up the proxies' streams, which then drop events (and never slow traffic down)."""
+
+Emit = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Observes(Protocol):
+    """What tap needs of `proxies.Proxies`."""
+
+    def observe(self, pod: Pod, request: tap_pb2.ObserveRequest) -> AsyncIterator[tap_pb2.TapEvent]: ...
+
+
+class NothingToTap(Exception):
+    """The target has no pod that could be watched. `fix` says what to do."""
+
+    def __init__(self, message: str, fix: str) -> None:
+        super().__init__(message)
+        self.message, self.fix = message, fix
+
+
+def choose(snapshot: Snapshot, query: TapQuery) -> list[Pod]:
+    """The meshed pods to watch. Raises `NothingToTap` if there is none, saying whether that is for want of a mesh."""
+    pods = targets(snapshot, query.target)
+    meshed = [pod for pod in pods if is_meshed(pod)]
+    if meshed:
+        return meshed
+    where = f"namespace {query.target.namespace}"
+    if pods:
+        names = ", ".join(str(pod.key) for pod in pods)
+        raise NothingToTap(
+            f"{len(pods)} pods found that are not in the mesh: {names}",
+            "remove `mantle.dev/inject: disabled` from them and apply again",
+        )
+    known = sorted({pod.key.namespace for pod in snapshot.pods.values()})
+    raise NothingToTap(
+        f"no pods to tap for type={query.target.kind} name={query.target.name} in {where}",
+        f"choose the namespace with -n; namespaces with pods: {', '.join(known) or 'none'}",
+    )
+
+
+async def watch(world: World, proxies: Observes, query: TapQuery, emit: Emit) -> None:
+    """Emits events and notices until cancelled, or until `emit` raises."""
+    events: asyncio.Queue[dict[str, Any]] = asyncio.Queue(QUEUED_EVENTS)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_manage(world, proxies, query, events, group))
+        while True:
+            await emit(await events.get())
+
+
+async def _manage(
+    world: World, proxies: Observes, query: TapQuery, events: asyncio.Queue[dict[str, Any]], group: asyncio.TaskGroup
+) -> None:
+    """Keeps one task for each pod of the target."""
+    following: dict[str, asyncio.Task[None]] = {}
+    snapshot: Snapshot | None = None
+    while True:
+        snapshot = await world.after(snapshot)
+        pods = {pod.uid: pod for pod in targets(snapshot, query.target) if is_meshed(pod) and pod.proxy_started}
+        for uid in following.keys() - pods.keys():
+            following.pop(uid).cancel()
+        for uid in pods.keys() - following.keys():
+            limit = limit_per_pod(query.max_rps, len(pods))
+            following[uid] = group.create_task(_follow(world, proxies, query, pods[uid], limit, events))
+
+
+async def _follow(
+    world: World, proxies: Observes, query: TapQuery, pod: Pod, limit: int, events: asyncio.Queue[dict[str, Any]]
+) -> None:
+    """Asks one pod's proxy again and again."""
+    loop = asyncio.get_running_loop()
+    request = observe_request(query, limit)
+    failures = 0
+    while True:
+        started = loop.time()
+        try:
+            async for event in proxies.observe(pod, request):
+                failures = 0
+                await events.put(event_object(event, world.addresses.pods))
+            pause = started + WINDOW_SECONDS - loop.time()
+        except Unreachable as error:
+            if failures == 0:
+                await events.put({"notice": {"pod": str(pod.key), "message": str(error)}})
+            pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)]
+            failures += 1
+        await asyncio.sleep(max(0.0, pause))
