@@ -1,9 +1,41 @@
-mod redirect;
+//! `mantle-proxy`: the data plane beside each workload, and the redirect that brings its traffic.
+//!
+//! Without arguments (or with `run`) it reads its environment and serves; `redirect` installs, verifies or removes the
+//! packet rules. Everything else is in the modules; `app.rs` wires them.
 
-fn main() -> std::process::ExitCode {
+use std::process::ExitCode;
+
+mod drain;
+mod pool;
+mod redirect;
+mod relay;
+mod sniff;
+mod socket;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+const USAGE: &str =
+    "usage: mantle-proxy [run]                        serve, configured by MANTLE_PROXY_* in the environment
+       mantle-proxy redirect install|verify|remove  the packet rules that bring a pod's traffic (--help)
+       mantle-proxy --version";
+
+fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    match args.split_first() {
-        Some((first, rest)) if first == "redirect" => redirect::main(rest),
-        _ => std::process::ExitCode::FAILURE,
+    match args.first().map(String::as_str) {
+        Some("redirect") => redirect::main(&args[1..]),
+        Some("--version") => {
+            println!("mantle-proxy {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+        Some("--help") => {
+            println!("{USAGE}");
+            ExitCode::SUCCESS
+        }
+        None | Some("run") => ExitCode::FAILURE,
+        Some(other) => {
+            eprintln!("mantle-proxy: unknown command {other:?}\n{USAGE}");
+            ExitCode::from(2)
+        }
     }
 }

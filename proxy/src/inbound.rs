@@ -1,0 +1,354 @@
+//! Inbound: what arrives for this pod, from accept to the application's last byte.
+//!
+//! accept → original destination → first bytes (mesh TLS, foreign TLS, plaintext) → peer identity → `Permit` → the
+//! application → relay, HTTP/1 or HTTP/2 → one record. Only the pod's own address is dialled, never one from the wire,
+//! and never without a `Permit`, which is asked for again when the policy changes.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use mantle_proxy_core::client_hello::{self, ClientHello};
+use mantle_proxy_core::detect::Detected;
+use mantle_proxy_core::model::{PeerId, Protocol, ServerPolicy};
+use mantle_proxy_core::policy::{self, ClientTls, Permit};
+use mantle_proxy_core::reasons::{Denied, NoTls, Unroutable};
+use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tracing::debug;
+
+use crate::app::Thread;
+use crate::discovery::PortPolicy;
+use crate::link::{LinkHint, MuxStream};
+use crate::metrics::{Direction, Layer, TlsLabel};
+use crate::record::{self, Conn};
+use crate::relay::{Ahead, Origin, read_more, relay};
+use crate::sniff::{Understood, understand};
+use crate::socket::{self, Dial};
+use crate::tls::{self, ALPN_MUX, Credentials};
+
+/// The inbound side of one data thread.
+pub(crate) struct Inbound {
+    cx: Rc<Thread>,
+    ports: RefCell<HashMap<SocketAddr, Rc<Port>>>,
+}
+
+/// Who is at the other end, as far as it was proved.
+#[derive(Clone)]
+pub(crate) struct Client {
+    pub(crate) addr: SocketAddr,
+    pub(crate) tls: TlsLabel,
+    pub(crate) id: Option<PeerId>,
+}
+
+/// What a connection or stream is for: a port of this pod, with the policy in force there.
+pub(crate) struct Port {
+    /// The pod's own address and the port.
+    pub(crate) addr: SocketAddr,
+    pub(crate) policy: PortPolicy,
+    /// The application has spoken first before: do not wait for the client.
+    server_first: Cell<bool>,
+}
+
+/// Why inbound traffic was not carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    Policy(Denied),
+    /// The application did not take the connection.
+    App(Unroutable),
+}
+
+impl Refused {
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Policy(why) => why.label(),
+            Self::App(why) => why.label(),
+        }
+    }
+}
+
+impl From<Denied> for Refused {
+    fn from(why: Denied) -> Self {
+        Self::Policy(why)
+    }
+}
+
+/// A connection to the application, counted.
+pub(crate) struct Server {
+    pub(crate) io: TcpStream,
+    pub(crate) conn: Conn,
+}
+
+impl Inbound {
+    pub(crate) fn new(cx: Rc<Thread>) -> Self {
+        Self { cx, ports: RefCell::default() }
+    }
+
+    /// Serves one connection until it ends.
+    pub(crate) async fn serve(&self, io: TcpStream, peer: SocketAddr) {
+        if let Err(why) = self.carry(io, peer).await {
+            self.cx.control.metrics.error(Direction::Inbound, Layer::Tcp, why.label());
+            debug!(client = %peer, reason = why.label(), "inbound connection refused");
+        }
+    }
+
+    async fn carry(&self, mut io: TcpStream, peer: SocketAddr) -> Result<(), Refused> {
+        let original = (self.cx.original_dst)(&io).map_err(|_| Denied::Loop)?;
+        if original.port() == self.cx.config.inbound_listen.port() {
+            return self.mesh_only(io, peer, original.ip()).await;
+        }
+        let port = self.port(original)?;
+        let policy = port.policy.clone().known().await?;
+        let mut client = Client { addr: peer, tls: TlsLabel::None(NoTls::NotProvidedByRemote), id: None };
+        if policy.protocol == Protocol::Opaque {
+            client.tls = TlsLabel::None(NoTls::PortSkipped);
+            return self.tcp(&mut io, &client, &port, BytesMut::new(), Understood::known(Detected::Opaque)).await;
+        }
+        let mut seen = BytesMut::new();
+        let understood = self.understand(&mut io, &mut seen, &client, &port, &policy, HEAD_START).await?;
+        if understood.detected != Detected::Tls {
+            return self.understood(&mut io, &client, &port, seen, understood).await;
+        }
+        match self.client_hello(&mut io, &mut seen).await {
+            ClientHello::Hello { sni } if sni.as_deref() == Some(&*self.cx.config.identity.local_name) => {
+                let mut tls = self.terminate(io, &seen, |credentials| credentials.server_plain.clone()).await?;
+                let client = Client::proved_by(peer, &tls);
+                let mut seen = BytesMut::new();
+                let understood = self.understand(&mut tls, &mut seen, &client, &port, &policy, HEAD_START).await?;
+                self.understood(&mut tls, &client, &port, seen, understood).await
+            }
+            hello => {
+                if let ClientHello::Hello { sni: Some(sni) } = hello {
+                    client.tls = TlsLabel::Passthru(sni.into());
+                }
+                self.tcp(&mut io, &client, &port, seen, Understood::known(Detected::Opaque)).await
+            }
+        }
+    }
+
+    /// A connection to the proxy's own port: mesh TLS with a client identity, or nothing. Carries streams to any port.
+    async fn mesh_only(&self, io: TcpStream, peer: SocketAddr, own: IpAddr) -> Result<(), Refused> {
+        let tls = self.terminate(io, &[], |credentials| credentials.server_link.clone()).await?;
+        let client = Client::proved_by(peer, &tls);
+        if client.id.is_none() || tls.get_ref().1.alpn_protocol() != Some(ALPN_MUX) {
+            return Err(Denied::IdentityRequired.into());
+        }
+        todo!("link::serve {own}")
+    }
+
+    /// A stream that a mesh peer opened to `port` of this pod. Its hint is the peer's word: it may spare detection, but
+    /// never make HTTP opaque, or a peer could bring its own identity headers past the parser.
+    async fn stream(&self, mut io: MuxStream, client: &Client, port: &Port, hint: LinkHint) -> Result<(), Refused> {
+        let policy = port.policy.clone().known().await?;
+        let mut seen = BytesMut::new();
+        let understood = match (policy.protocol, hint) {
+            (Protocol::Opaque | Protocol::Tls, _) => Understood::known(Detected::Opaque),
+            (Protocol::Http1, _) | (Protocol::Detect, LinkHint::Http1) => Understood::known(Detected::Http1),
+            (Protocol::Http2, _) | (Protocol::Detect, LinkHint::Http2) => Understood::known(Detected::Http2),
+            // the peer has waited for its client already
+            (Protocol::Detect, LinkHint::Opaque) => {
+                self.understand(&mut io, &mut seen, client, port, &policy, Duration::ZERO).await?
+            }
+        };
+        self.understood(&mut io, client, port, seen, understood).await
+    }
+
+    /// The port that a connection or stream is for. Own addresses only, and none of the proxy's own ports.
+    fn port(&self, addr: SocketAddr) -> Result<Rc<Port>, Denied> {
+        if !self.cx.is_own(addr.ip()) || self.cx.own_ports.contains(&addr.port()) {
+            return Err(Denied::Loop);
+        }
+        let mut ports = self.ports.borrow_mut();
+        let port = ports.entry(addr).or_insert_with(|| {
+            let policy = self.cx.control.discovery.port(addr.port());
+            Rc::new(Port { addr, policy, server_first: Cell::new(false) })
+        });
+        Ok(port.clone())
+    }
+
+    /// Whoever speaks first decides. The application is dialled early only if the client may use it without more words.
+    async fn understand<C: AsyncRead + Unpin>(
+        &self,
+        io: &mut C,
+        seen: &mut BytesMut,
+        client: &Client,
+        port: &Port,
+        policy: &ServerPolicy,
+        head_start: Duration,
+    ) -> Result<Understood<Server>, Refused> {
+        match policy.protocol {
+            Protocol::Opaque | Protocol::Tls => return Ok(Understood::known(Detected::Opaque)),
+            Protocol::Http1 | Protocol::Http2 | Protocol::Detect => {}
+        }
+        let head_start = if port.server_first.get() { Duration::ZERO } else { head_start };
+        let limit = policy.detect_timeout;
+        let early = async {
+            match self.permit(client, port) {
+                Ok(permit) => self.dial(&permit, client, port).await,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        understand(io, seen, head_start, limit, early).await
+    }
+
+    /// Carries a connection whose protocol is known.
+    async fn understood<C>(
+        &self,
+        io: &mut C,
+        client: &Client,
+        port: &Port,
+        seen: BytesMut,
+        understood: Understood<Server>,
+    ) -> Result<(), Refused>
+    where
+        C: AsyncRead + AsyncWrite + Unpin,
+    {
+        match understood.detected {
+            Detected::Http1 | Detected::Http2 => todo!(),
+            Detected::Opaque | Detected::Tls | Detected::NeedMore => {
+                self.tcp(io, client, port, seen, understood).await
+            }
+        }
+    }
+
+    /// Relays a connection whose bytes are nobody's business, until it ends or its client is no longer admitted.
+    async fn tcp<C>(
+        &self,
+        io: &mut C,
+        client: &Client,
+        port: &Port,
+        seen: BytesMut,
+        understood: Understood<Server>,
+    ) -> Result<(), Refused>
+    where
+        C: AsyncRead + AsyncWrite + Unpin,
+    {
+        let permit = self.permit(client, port)?;
+        let mut server = match understood.early {
+            Some(early) => early,
+            None => self.dial(&permit, client, port).await?,
+        };
+        if !understood.from_server.is_empty() {
+            port.server_first.set(true);
+        }
+        let src = Conn::open(record::inbound_src(&self.cx.control.metrics, port.addr, &client.tls, &permit));
+        let _edge = self.cx.control.edges.opened(client.addr.ip(), port.addr.port(), &client.tls);
+        let ahead = Ahead { from_client: seen.freeze(), from_server: understood.from_server.freeze() };
+        let Server { io: app, conn: dst } = &mut server;
+        let relayed = relay(io, app, ahead, |from, n| match from {
+            Origin::Client => (src.read(n), dst.wrote(n)).0,
+            Origin::Server => (src.wrote(n), dst.read(n)).0,
+        });
+        let end = tokio::select! {
+            end = relayed => end,
+            why = self.revoked(client, port) => return Err(why.into()),
+        };
+        if let Err(error) = &end {
+            src.failed(error);
+        }
+        debug!(client = %client.addr, port = port.addr.port(), error = end.err().map(tracing::field::display), "inbound connection closed");
+        Ok(())
+    }
+
+    /// May this client use this port at all?
+    fn permit(&self, client: &Client, port: &Port) -> Result<Permit, Denied> {
+        let policy = port.policy.now().ok_or(Denied::PolicyUnavailable)?;
+        policy::authorize(&policy, client.addr.ip(), client.proved())
+    }
+
+    /// Returns when a change of policy no longer admits the client.
+    async fn revoked(&self, client: &Client, port: &Port) -> Denied {
+        let mut policy = port.policy.clone();
+        loop {
+            policy.changed().await;
+            if let Err(why) = self.permit(client, port) {
+                return why;
+            }
+        }
+    }
+
+    /// Forgets ports that nothing uses. Called every few seconds.
+    pub(crate) fn sweep(&self) {
+        self.ports.borrow_mut().retain(|_, port| Rc::strong_count(port) > 1);
+    }
+
+    /// Connects to the application, which needs a permit.
+    async fn dial(&self, _permit: &Permit, _client: &Client, port: &Port) -> Result<Server, Refused> {
+        let dial = Dial { mark: self.cx.config.outbound_mark, timeout: self.cx.config.inbound_connect_timeout };
+        let io = socket::connect(port.addr, dial).await.map_err(|_| Refused::App(Unroutable::ConnectFailed))?;
+        Ok(Server { io, conn: Conn::open(record::inbound_dst(&self.cx.control.metrics, port.addr)) })
+    }
+
+    /// Reads until the ClientHello is whole or proves to be none.
+    async fn client_hello(&self, io: &mut TcpStream, seen: &mut BytesMut) -> ClientHello {
+        let whole = async {
+            loop {
+                match client_hello::parse(seen) {
+                    ClientHello::NeedMore => {}
+                    decided => return decided,
+                }
+                if !matches!(read_more(io, seen, client_hello::MAX_PREFIX).await, Ok(1..)) {
+                    return ClientHello::NotTls;
+                }
+            }
+        };
+        tokio::time::timeout(self.cx.config.inbound_detect_timeout, whole).await.unwrap_or(ClientHello::NotTls)
+    }
+
+    /// Ends mesh TLS here. `seen` is what was read of it already.
+    async fn terminate(
+        &self,
+        io: TcpStream,
+        seen: &[u8],
+        config: impl FnOnce(&Credentials) -> Arc<ServerConfig>,
+    ) -> Result<TlsStream<TcpStream>, Denied> {
+        let config = config(&*self.cx.credentials().map_err(|_| Denied::IdentityRequired)?);
+        let mut ahead = seen;
+        let handshake = TlsAcceptor::from(config).accept_with(io, |session| {
+            while !ahead.is_empty() && session.read_tls(&mut ahead).is_ok_and(|n| n > 0) {
+                let _ = session.process_new_packets(); // an error comes again when the handshake goes on
+            }
+        });
+        match tokio::time::timeout(HANDSHAKE, handshake).await {
+            Ok(Ok(tls)) => Ok(tls),
+            Ok(Err(_)) | Err(_) => Err(Denied::IdentityRequired),
+        }
+    }
+}
+
+impl Client {
+    /// The client at the other end of a finished handshake.
+    fn proved_by(addr: SocketAddr, tls: &TlsStream<TcpStream>) -> Self {
+        let leaf = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let id = leaf.and_then(tls::peer_id);
+        let name = id.as_ref().map_or_else(|| "".into(), |id| id.dns.clone());
+        Self { addr, tls: TlsLabel::Mutual(name), id }
+    }
+
+    fn proved(&self) -> ClientTls<'_> {
+        match (&self.id, &self.tls) {
+            (Some(id), _) => ClientTls::Identity(id),
+            (None, TlsLabel::Mutual(_)) => ClientTls::Anonymous,
+            (None, TlsLabel::Passthru(_) | TlsLabel::None(_)) => ClientTls::None,
+        }
+    }
+}
+
+impl AsyncRead for Server {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_read(cx, buf)
+    }
+}
+
+const HEAD_START: Duration = Duration::from_millis(2);
+const HANDSHAKE: Duration = Duration::from_secs(10);
