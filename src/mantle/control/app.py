@@ -1,0 +1,303 @@
+"""The wiring of both control-plane programs, top to bottom: flags, parts, servers, shutdown.
+
+`identity` issues certificates; `destination` says where things are and who may connect. They are two processes, because
+signing must never make discovery wait and because only one of them may hold the issuer's key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import ipaddress
+import logging
+import os
+import resource
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from prometheus_client import CollectorRegistry, disable_created_metrics
+
+from mantle.control import answers, destination, identity, policy
+from mantle.control.admin import admin_server
+from mantle.control.topics import Topics
+from mantle.core.annotations import POLICIES
+from mantle.core.ca import CLOCK_SKEW, LEAF_LIFETIME, Issuer, Refusal, check_issuer
+from mantle.core.model import Key
+from mantle.core.names import BadName, MeshNames, mesh_names
+from mantle.core.ratelimit import RateLimiter
+from mantle.core.world import DEFAULT_POLICY, EVERYWHERE, PRIVATE_NETWORKS, Mesh, Network, World
+from mantle.platform.remote import RemotePlatform
+
+log = logging.getLogger("mantle.control")
+
+PLATFORM = "unix:/run/mantle/control/platform.sock"
+GRACE = 5.0
+"""Seconds open calls get at shutdown."""
+ISSUER_CHECK = 5.0
+"""Seconds between two looks at the issuer's files."""
+CERTIFY_RATE, CERTIFY_BURST = 5.0, 20
+"""Certificates a second and address: a pod needs one an hour, a test a few a second."""
+
+
+# ---- identity ----
+
+
+def identity_main(argv: Sequence[str]) -> int:
+    """`python -m mantle.control_plane identity`: serves Certify until SIGTERM. Returns the exit code."""
+    flags = _common("identity", listen="0.0.0.0:8080", admin="0.0.0.0:9990")
+    flags.add_argument("--issuer", type=Path, required=True, help="directory with crt.pem and key.pem (P-256)")
+    flags.add_argument("--trust-roots", type=Path, required=True, help="PEM bundle")
+    flags.add_argument("--audience", type=_list, default=["identity.mantle.dev"], help="of tokens, comma-separated")
+    flags.add_argument("--issuance-lifetime", type=_duration, default=LEAF_LIFETIME, help="of a leaf: 24h, 10s …")
+    flags.add_argument("--clock-skew-allowance", type=_duration, default=CLOCK_SKEW, help="added at both ends of it")
+    flags.add_argument("--certify-rate", type=float, default=CERTIFY_RATE, help="per second and address")
+    flags.add_argument("--certify-burst", type=int, default=CERTIFY_BURST, help="at once and address")
+    flags.add_argument("--nice", type=int, default=10, help="how much this process steps back behind destination")
+    options = flags.parse_args(argv)
+    os.nice(options.nice)
+    return _run(serve_identity(options))
+
+
+async def serve_identity(options: argparse.Namespace) -> None:
+    registry = CollectorRegistry()
+    issuer = identity.IssuerFiles(options.issuer / "crt.pem", options.issuer / "key.pem", options.trust_roots)
+    issuer.refresh()
+    async with RemotePlatform(options.platform) as platform, asyncio.TaskGroup() as tasks:
+        certifier = identity.Certifier(
+            names=options.names,
+            platform=platform,
+            issuer=issuer,
+            audiences=options.audience,
+            own_pod=options.own_pod,
+            lifetime=options.issuance_lifetime,
+            skew=options.clock_skew_allowance,
+            limiter=RateLimiter(options.certify_rate, options.certify_burst),
+            metrics=identity.Metrics(registry, issuer, _now),
+            now=_now,
+            ticks=asyncio.get_running_loop().time,
+            entropy=secrets.token_bytes,
+        )
+
+        def not_ready() -> str:
+            current = issuer.current
+            state = check_issuer(current, _now()) if isinstance(current, Issuer) else current
+            return str(state) if isinstance(state, Refusal) else ""
+
+        watcher = tasks.create_task(_refresh(issuer))
+        # A request holds an identity, a token and a CSR: nothing larger is read.
+        limit = ("grpc.max_receive_message_length", 64 * 1024)
+        async with (
+            grpc_server(options.listen, [identity.handler(certifier)], [limit]),
+            admin_server(options.admin, registry, not_ready),
+        ):
+            await _until_told(options)
+        watcher.cancel()
+
+
+async def _refresh(issuer: identity.IssuerFiles) -> None:
+    while True:
+        await asyncio.sleep(ISSUER_CHECK)
+        issuer.refresh()
+
+
+# ---- destination and policy ----
+
+
+def destination_main(argv: Sequence[str]) -> int:
+    """`python -m mantle.control_plane destination`: discovery and policy until SIGTERM. Returns the exit code."""
+    flags = _common("destination", listen="0.0.0.0:8086", admin="0.0.0.0:9996")
+    flags.add_argument("--policy-listen", type=_address, default=("0.0.0.0", 8090), help="gRPC listener of policy")
+    flags.add_argument("--cluster-domain", default="cluster.local", help="what service names end in")
+    flags.add_argument(
+        "--networks", type=_networks, default=PRIVATE_NETWORKS, help="the mesh's, for the cluster-* policies"
+    )
+    flags.add_argument("--probe-networks", type=_networks, default=EVERYWHERE, help="where probes come from")
+    flags.add_argument("--default-inbound-policy", choices=POLICIES, default=DEFAULT_POLICY)
+    flags.add_argument(
+        "--allow-anonymous", action="store_true",
+        help="answer proxies that ask before they have a certificate (linkerd2-proxy): their word is taken",
+    )  # fmt: skip
+    options = flags.parse_args(argv)
+    _raise_file_limit()
+    return _run(serve_destination(options))
+
+
+async def serve_destination(options: argparse.Namespace) -> None:
+    mesh = Mesh(
+        options.names,
+        options.cluster_domain,
+        options.networks,
+        options.probe_networks,
+        options.default_inbound_policy,
+    )
+    registry = CollectorRegistry()
+    topics = Topics(World.empty(mesh))
+    shared = answers.Answers(topics, answers.Metrics(registry, topics), options.own_pod, options.allow_anonymous)
+    async with RemotePlatform(options.platform) as platform, asyncio.TaskGroup() as tasks:
+        follower = tasks.create_task(topics.follow(platform.watch()))
+
+        def not_ready() -> str:
+            return "" if topics.known.is_set() else f"no word from the platform on {options.platform}"
+
+        async with (
+            grpc_server(options.listen, [destination.handler(shared)]),
+            grpc_server(options.policy_listen, [policy.outbound_handler(shared), policy.inbound_handler(shared)]),
+            admin_server(options.admin, registry, not_ready),
+        ):
+            await _until_told(options)
+        follower.cancel()
+
+
+# ---- shared ----
+
+
+@asynccontextmanager
+async def grpc_server(
+    address: tuple[str, int],
+    handlers: Sequence[grpc.GenericRpcHandler[Any, Any]],
+    options: Sequence[tuple[str, Any]] = (),
+    grace: float = GRACE,
+) -> AsyncIterator[int]:
+    """A plaintext gRPC server (the sidecar in front does TLS) until left; yields its port (useful with port 0).
+
+    Open calls get `grace` seconds to end.
+    """
+    server = grpc.aio.server(
+        options=[
+            # A second server on the port must fail, not take half the calls.
+            ("grpc.so_reuseport", 0),
+            # Proxies ping quiet connections; grpc's default is to end such a connection after a few.
+            ("grpc.http2.min_ping_interval_without_data_ms", 500),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.max_concurrent_streams", 2000),
+            *options,
+        ]
+    )
+    server.add_generic_rpc_handlers(handlers)
+    host, port = address
+    bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    await server.start()
+    try:
+        yield bound
+    finally:
+        await server.stop(grace)
+
+
+def _run(program: Any) -> int:
+    """Runs a program. A listener that cannot be had, or a file that cannot be read, is an error with exit code 1."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    logging.getLogger().handlers[0].setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # not annotated upstream
+    # Full collections of many thousand streams cost more than all first answers together (bench/RESULTS.md).
+    gc.set_threshold(50_000, 20, 100)
+    code = 0
+    try:
+        asyncio.run(program)
+    except* (OSError, RuntimeError) as errors:
+        for error in errors.exceptions:
+            log.error("cannot go on: %s", error)
+        code = 1
+    return code
+
+
+class _OneLine(logging.Formatter):
+    """One record, one line: what peers put into names and requests cannot forge another."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.exc_info:
+            return super().format(record)
+        return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in super().format(record))
+
+
+async def _until_told(options: argparse.Namespace) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    gc.collect()
+    gc.freeze()
+    log.info("serving %s.%s as %s", options.names.control_namespace, options.names.trust_domain, options.own_pod)
+    await stop.wait()
+    log.info("stopping")
+
+
+def _common(program: str, listen: str, admin: str) -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(f"mantle.control_plane {program}", allow_abbrev=False)
+    flags.add_argument("--listen", type=_address, default=_address(listen), help="gRPC listener")
+    flags.add_argument("--admin", type=_address, default=_address(admin), help="listener of /live /ready /metrics")
+    flags.add_argument("--platform", type=_socket, default=_socket(PLATFORM), help="where the platform is served")
+    flags.add_argument("--control-namespace", default="mantle")
+    flags.add_argument("--trust-domain", default="cluster.local")
+    # The host name of a pod is its name (https://kubernetes.io/docs/concepts/workloads/pods/pod-hostname/).
+    flags.add_argument("--pod-name", default=socket.gethostname(), help="whose sidecar asks over loopback")
+    parse = flags.parse_args
+
+    def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+        options = parse(argv)
+        options.names = _names(flags, options)
+        options.own_pod = Key(options.control_namespace, options.pod_name) if options.pod_name else None
+        return options
+
+    flags.parse_args = parse_args  # type: ignore[method-assign,assignment]
+    return flags
+
+
+def _names(flags: argparse.ArgumentParser, options: argparse.Namespace) -> MeshNames:
+    names = mesh_names(options.control_namespace, options.trust_domain)
+    if isinstance(names, BadName):
+        flags.error(str(names))
+    return names
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _raise_file_limit() -> None:
+    """One stream per connection meets the limit of open files first."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.removeprefix("[").removesuffix("]") or "0.0.0.0", int(port)
+
+
+def _socket(text: str) -> Path:
+    scheme, _, path = text.partition(":")
+    if scheme != "unix" or not path.startswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not unix:/PATH")
+    return Path(path)
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(part) for part in _list(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _duration(text: str) -> timedelta:
+    """`24h`, `90m`, `10s`, `500ms`."""
+    for unit, seconds in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("d", 86400.0)):
+        number = text.removesuffix(unit)
+        if number != text and number.replace(".", "", 1).isdigit():
+            return timedelta(seconds=float(number) * seconds)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 24h, 10s or 500ms")

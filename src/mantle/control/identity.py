@@ -1,0 +1,296 @@
+"""`io.linkerd.proxy.identity.Identity`: a token and a certificate signing request become a certificate, or a reason.
+
+Checked in this order, cheap things first: rate, room, the request's fields, the issuer, the token (the platform knows:
+audience, expiry, bound pod), the address it was presented from, proof of possession, names. Each "no" is a
+`core.ca.Refusal`. This program holds the issuer's key and does nothing else.
+
+The address: our own sidecar sets `mantle-client-addr` to the caller's address, and strips it from everyone. Without
+that header the connection's own address counts, and on loopback only identity's own sidecar can be calling.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from google.protobuf.timestamp_pb2 import Timestamp
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from mantle.control.answers import Context, peer_address
+from mantle.core import ca
+from mantle.core.ca import Refusal
+from mantle.core.model import Key
+from mantle.core.names import BadName, MeshNames, Workload
+from mantle.core.ratelimit import Limited, RateLimiter
+from mantle.core.reasons import CertifyRefused
+from mantle.gen.io.linkerd.proxy import identity_pb2 as pb
+from mantle.platform.port import Platform, TokenClaims, TokenRejected
+from mantle.platform.remote import PlatformUnavailable
+
+log = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 64
+"""Certify calls at once; one more waits for none of them, it is refused and retried by the proxy (with jitter)."""
+MAX_TOKEN = 16 * 1024
+MAX_CSR = 8 * 1024
+CLIENT_ADDRESS = "mantle-client-addr"
+
+_STATUS = {
+    CertifyRefused.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    CertifyRefused.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    CertifyRefused.MISSING_IDENTITY: grpc.StatusCode.INVALID_ARGUMENT,
+    CertifyRefused.MISSING_TOKEN: grpc.StatusCode.INVALID_ARGUMENT,
+    CertifyRefused.MISSING_CSR: grpc.StatusCode.INVALID_ARGUMENT,
+    CertifyRefused.TOO_LARGE: grpc.StatusCode.INVALID_ARGUMENT,
+    CertifyRefused.ISSUER_NOT_READY: grpc.StatusCode.UNAVAILABLE,
+    CertifyRefused.ISSUER_EXPIRED: grpc.StatusCode.UNAVAILABLE,
+    CertifyRefused.ISSUER_NOT_YET_VALID: grpc.StatusCode.UNAVAILABLE,
+    CertifyRefused.ISSUER_UNUSABLE: grpc.StatusCode.UNAVAILABLE,
+    CertifyRefused.PLATFORM_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    CertifyRefused.TOKEN_REJECTED: grpc.StatusCode.FAILED_PRECONDITION,
+    CertifyRefused.OTHER_ADDRESS: grpc.StatusCode.PERMISSION_DENIED,
+    CertifyRefused.OTHER_POD_ON_LOOPBACK: grpc.StatusCode.PERMISSION_DENIED,
+    CertifyRefused.CSR_MALFORMED: grpc.StatusCode.INVALID_ARGUMENT,
+    CertifyRefused.CSR_KEY_UNSUPPORTED: grpc.StatusCode.INVALID_ARGUMENT,
+    CertifyRefused.CSR_NOT_PROVEN: grpc.StatusCode.FAILED_PRECONDITION,
+    CertifyRefused.CSR_NAMES: grpc.StatusCode.FAILED_PRECONDITION,
+    CertifyRefused.NAME_REFUSED: grpc.StatusCode.FAILED_PRECONDITION,
+    CertifyRefused.IDENTITY_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
+    CertifyRefused.SIGNING_FAILED: grpc.StatusCode.INTERNAL,
+}
+
+
+class IssuerFiles:
+    """The issuer as three files say it is; read again when one of them changed."""
+
+    def __init__(self, certificate: Path, key: Path, roots: Path) -> None:
+        self._paths = (certificate, key, roots)
+        self._seen: tuple[tuple[int, int], ...] | None = None
+        self.current: ca.Issuer | Refusal = Refusal(
+            CertifyRefused.ISSUER_NOT_READY,
+            "no issuer",
+            "an issuer's certificate, key and trust roots",
+            "wait: identity reads its files when it starts",
+        )
+
+    def refresh(self) -> None:
+        """Reads the files if they changed. What cannot be used does not replace an issuer that can."""
+        try:
+            stats = [path.stat() for path in self._paths]
+            seen = tuple((stat.st_mtime_ns, stat.st_ino) for stat in stats)
+            if seen == self._seen:
+                return
+            self._seen = seen
+            loaded = ca.load_issuer(*(path.read_bytes() for path in self._paths))
+        except OSError as error:
+            loaded = Refusal(
+                CertifyRefused.ISSUER_NOT_READY,
+                str(error),
+                "three readable files",
+                "check --issuer-cert and the others",
+            )
+        if isinstance(loaded, Refusal) and isinstance(self.current, ca.Issuer):
+            log.error("IssuerUpdateSkipped: keeping the issuer there is: %s", loaded)
+            return
+        self.current = loaded
+        if isinstance(loaded, Refusal):
+            log.error("the issuer cannot be used: %s", loaded)
+        else:
+            log.info("IssuerUpdated: issuing until %s", f"{loaded.not_after:%Y-%m-%dT%H:%M:%SZ}")
+
+
+class Metrics:
+    """What is counted of certificates."""
+
+    def __init__(self, registry: CollectorRegistry, issuer: IssuerFiles, now: Callable[[], datetime]) -> None:
+        self.certify = Counter(
+            "mantle_identity_certify",
+            "Certify calls: `issued`, or the reason and, for a refused token, its own.",
+            ["result", "token_reason"],
+            registry=registry,
+        )
+        self.in_flight = Gauge("mantle_identity_certify_in_flight", "Certify calls at work.", registry=registry)
+
+        def ttl() -> float:
+            current = issuer.current
+            return (current.not_after - now()).total_seconds() if isinstance(current, ca.Issuer) else 0.0
+
+        Gauge("issuer_cert_ttl_seconds", "Seconds until the issuer's chain expires.", registry=registry).set_function(
+            ttl
+        )
+
+
+@dataclass(slots=True)
+class Certifier:
+    """Everything it takes to answer Certify. `now` is the wall clock (aware), `ticks` a monotonic one in seconds."""
+
+    names: MeshNames
+    platform: Platform
+    issuer: IssuerFiles
+    audiences: Sequence[str]
+    own_pod: Key | None
+    lifetime: timedelta
+    skew: timedelta
+    limiter: RateLimiter
+    metrics: Metrics
+    now: Callable[[], datetime]
+    ticks: Callable[[], float]
+    entropy: Callable[[int], bytes]
+    in_flight: int = 0
+
+    async def certify(self, request: pb.CertifyRequest, address: str, loopback: bool) -> ca.Leaf | Refusal:
+        """The answer to one request presented from `address`; `loopback`: nobody vouches for an address, it came from
+        this pod.
+        """
+        limited = self.limiter.admit(address, self.ticks())
+        if isinstance(limited, Limited):
+            wait = f"retry after {limited.retry_after:.1f} s"
+            return Refusal(CertifyRefused.RATE_LIMITED, f"too many requests from {address}", "fewer", wait)
+        if self.in_flight >= MAX_IN_FLIGHT:
+            return Refusal(
+                CertifyRefused.BUSY, f"{self.in_flight} requests at work", f"fewer than {MAX_IN_FLIGHT}", "retry"
+            )
+        self.in_flight += 1
+        self.metrics.in_flight.set(self.in_flight)
+        try:
+            return await self._certify(request, address, loopback)
+        finally:
+            self.in_flight -= 1
+            self.metrics.in_flight.set(self.in_flight)
+
+    async def _certify(self, request: pb.CertifyRequest, address: str, loopback: bool) -> ca.Leaf | Refusal:
+        if (incomplete := check_fields(request)) is not None:
+            return incomplete
+        issuer = self.issuer.current
+        valid = issuer if isinstance(issuer, Refusal) else ca.check_issuer(issuer, self.now())
+        if isinstance(valid, Refusal):
+            return valid
+        claims = await self._review(request.token)
+        if isinstance(claims, Refusal):
+            return claims
+        if (elsewhere := self._check_address(claims, address, loopback)) is not None:
+            return elsewhere
+        csr = ca.check_csr(request.certificate_signing_request, request.identity)
+        if isinstance(csr, Refusal):
+            return csr
+        workload = self._check_name(request.identity, claims)
+        if isinstance(workload, Refusal):
+            return workload
+        wanted = ca.template(
+            valid, csr, workload, self.names, self.now(), self.entropy(ca.SERIAL_BYTES), self.lifetime, self.skew
+        )
+        return _unnameable(wanted) if isinstance(wanted, BadName) else ca.sign(valid, wanted)
+
+    async def _review(self, token: bytes) -> TokenClaims | Refusal:
+        audiences = " or ".join(self.audiences)
+        try:
+            outcome = await self.platform.review_token(token, self.audiences)
+        except PlatformUnavailable as error:
+            return Refusal(
+                CertifyRefused.PLATFORM_UNAVAILABLE,
+                f"no answer about the token ({error})",
+                "a review by the platform",
+                "check that Mantle's daemon runs; the proxy tries again by itself",
+            )
+        if isinstance(outcome, TokenRejected):
+            return Refusal(
+                CertifyRefused.TOKEN_REJECTED,
+                f"a token that the platform refused ({outcome.detail})",
+                f"a valid token of a running pod for the audience {audiences}",
+                "use the pod's own projected token, freshly read from its file",
+                detail=outcome.reason,
+            )
+        return outcome
+
+    def _check_address(self, claims: TokenClaims, address: str, loopback: bool) -> Refusal | None:
+        """A token is good only where its pod is: stolen and presented elsewhere, it is worth nothing."""
+        fix = "ask from the pod that the token was made for"
+        if loopback:
+            if self.own_pod is not None and self.own_pod == Key(claims.namespace, claims.pod):
+                return None
+            return Refusal(
+                CertifyRefused.OTHER_POD_ON_LOOPBACK,
+                f"a token of the pod {claims.namespace}/{claims.pod} over loopback",
+                f"a token of identity's own pod {self.own_pod}",
+                fix,
+            )
+        if claims.pod_ip and address == claims.pod_ip:
+            return None
+        return Refusal(
+            CertifyRefused.OTHER_ADDRESS,
+            f"a token of the pod {claims.namespace}/{claims.pod} presented from {address}",
+            f"the pod's own address {claims.pod_ip or '(it has none)'}",
+            fix,
+        )
+
+    def _check_name(self, identity: str, claims: TokenClaims) -> Workload | Refusal:
+        requested = self.names.parse_identity(identity)
+        if isinstance(requested, BadName):
+            return _unnameable(requested)
+        owner = Workload(claims.namespace, claims.service_account)
+        if requested != owner:
+            return Refusal(
+                CertifyRefused.IDENTITY_MISMATCH,
+                f"a request for {requested} with a token of {owner}",
+                "the identity of the token's own service account",
+                "set the proxy's identity to its pod's service account",
+            )
+        return requested
+
+
+def handler(certifier: Certifier) -> grpc.GenericRpcHandler[Any, Any]:
+    """The service, to be given to `grpc.aio.Server.add_generic_rpc_handlers`."""
+
+    async def certify(request: pb.CertifyRequest, context: Context) -> bytes:
+        metadata = context.invocation_metadata() or ()
+        vouched = next((str(value) for name, value in metadata if name == CLIENT_ADDRESS), "")
+        address = vouched or peer_address(context)
+        loopback = not vouched and address in ("127.0.0.1", "::1")
+        answer = await certifier.certify(request, address, loopback)
+        if isinstance(answer, Refusal):
+            certifier.metrics.certify.labels(answer.reason, answer.detail).inc()
+            log.warning("refused a certificate for %s from %s: %s", request.identity[:253], address, answer)
+            context.set_trailing_metadata((("mantle-reason", answer.reason.value),))
+            await context.abort(_STATUS[answer.reason], str(answer))
+        certifier.metrics.certify.labels("issued", "").inc()
+        until = f"{answer.not_after:%Y-%m-%dT%H:%M:%SZ}"
+        log.info("issued certificate for %s until %s: %s", request.identity, until, answer.sha256)
+        return pb.CertifyResponse(
+            leaf_certificate=answer.der,
+            intermediate_certificates=answer.intermediates,
+            valid_until=Timestamp(seconds=int(answer.not_after.timestamp())),
+        ).SerializeToString()
+
+    return grpc.method_handlers_generic_handler(
+        "io.linkerd.proxy.identity.Identity",
+        {"Certify": grpc.unary_unary_rpc_method_handler(certify, pb.CertifyRequest.FromString, None)},
+    )
+
+
+def check_fields(request: pb.CertifyRequest) -> Refusal | None:
+    """What is missing from a request, or too large to be looked at."""
+    fix = "send identity, token and certificate_signing_request (PKCS#10 in DER)"
+    for field, reason in (
+        ("identity", CertifyRefused.MISSING_IDENTITY),
+        ("token", CertifyRefused.MISSING_TOKEN),
+        ("certificate_signing_request", CertifyRefused.MISSING_CSR),
+    ):
+        if not getattr(request, field):
+            return Refusal(reason, f"a request without {field}", "all three fields", fix)
+    for what, size, most in (
+        ("token", len(request.token), MAX_TOKEN),
+        ("request", len(request.certificate_signing_request), MAX_CSR),
+    ):
+        if size > most:
+            return Refusal(CertifyRefused.TOO_LARGE, f"a {what} of {size} octets", f"at most {most}", fix)
+    return None
+
+
+def _unnameable(bad: BadName) -> Refusal:
+    fix = "ask for <service-account>.<namespace>… of this mesh, with names Kubernetes allows"
+    return Refusal(CertifyRefused.NAME_REFUSED, repr(bad.found), bad.wanted, fix, detail=bad.reason)

@@ -1,0 +1,30 @@
+"""The entry of the control plane's containers: `python -m mantle.control_plane identity|destination|viz ARGS`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one program until it is told to stop. Returns its exit code; 2 for usage."""
+    match argv[:1]:
+        case ["identity"]:
+            from mantle.control.app import identity_main
+
+            return identity_main(argv[1:])
+        case ["destination"]:
+            from mantle.control.app import destination_main
+
+            return destination_main(argv[1:])
+        case ["viz"]:
+            from mantle.viz.app import main as viz_main
+
+            viz_main(argv[1:])
+            return 0
+    print("usage: python -m mantle.control_plane identity|destination|viz ARGS (--help for each)", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
