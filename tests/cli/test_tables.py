@@ -51,7 +51,11 @@ def test_edges_as_the_page_shows_them() -> None:
     [
         ({"secured": 3}, "", "-"),
         ({"not_provided_by_remote": 2}, "not_provided_by_remote", "not_provided_by_remote"),
-        ({"not_provided_by_remote": 2, "secured": 5}, "not_provided_by_remote", "not_provided_by_remote (2), secured (5)"),
+        (
+            {"not_provided_by_remote": 2, "secured": 5},
+            "not_provided_by_remote",
+            "not_provided_by_remote (2), secured (5)",
+        ),
         ({"a": 1, "b": 2}, "a,b", "a (1), b (2)"),
         ({}, "unknown", "unknown"),
     ],

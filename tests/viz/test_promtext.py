@@ -56,7 +56,17 @@ def test_keeps_only_the_families_asked_for() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["nonsense", 'a{b="c" 1', 'a{b="c"} one', 'a{b="c",b="d"} 1', 'a{b="c} 1', "a{b=c} 1", "a 1_000", 'a{"} 1', "a{b} 1"],
+    [
+        "nonsense",
+        'a{b="c" 1',
+        'a{b="c"} one',
+        'a{b="c",b="d"} 1',
+        'a{b="c} 1',
+        "a{b=c} 1",
+        "a 1_000",
+        'a{"} 1',
+        "a{b} 1",
+    ],
 )
 def test_a_bad_line_is_counted_and_the_rest_is_read(line: str) -> None:
     scrape = Reader().read(f"before 1\n{line}\nafter 2\n")

@@ -124,7 +124,7 @@ def _read_servers(
 ) -> None:
     """The servers' tables of clients: adds edges no client's proxy reported, and plaintext it does not know of."""
     reported = {ends for ends, edge in seen.items() if edge.by_client}
-    plain = {ends for ends in reported if set(seen[ends].connections) | set(seen[ends].requests) > {SECURED}}
+    plain = {ends for ends in reported if {*seen[ends].connections, *seen[ends].requests} - {SECURED}}
 
     def edge_of(point: Point) -> _Seen | None:
         client_ip = point.label("client_ip")
