@@ -7,6 +7,7 @@ pub mod balance;
 pub mod client_hello;
 pub mod detect;
 pub mod escape;
+pub mod http1;
 pub mod model;
 pub mod mux;
 pub mod policy;
