@@ -1,21 +1,271 @@
 //! What an original destination means, and what a port of this pod accepts: the control plane's answers as watches.
 //!
 //! Lives on the control thread. The data threads hold a `Discovery` handle, ask once per new destination and keep the
-//! watch; the wire's messages become `core::model` values here and nowhere else.
+//! watch; the wire's messages become `core::model` values in `discovery/convert.rs` and nowhere else. Values survive the
+//! control plane: a stream that breaks is opened again with back-off, and what it said last stands meanwhile.
+//!
+//! Fail closed: outside the mesh's networks a destination passes through at once; inside them one that is not
+//! explained within `ANSWER` is refused.
 
-use std::sync::Arc;
+mod convert;
+mod follow;
 
-use mantle_proxy_core::model::{Endpoint, Outbound, ServerPolicy};
-use mantle_proxy_core::reasons::Unroutable;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use linkerd2_proxy_api::destination::destination_client::DestinationClient;
+use linkerd2_proxy_api::inbound::inbound_server_policies_client::InboundServerPoliciesClient;
+use linkerd2_proxy_api::outbound::outbound_policies_client::OutboundPoliciesClient;
+use mantle_proxy_core::model::{Endpoint, Outbound, Protocol, ServerPolicy};
+use mantle_proxy_core::reasons::{Denied, Unroutable};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use tonic::transport::Channel;
+
+use crate::config::Config;
+use crate::tls::CredentialsWatch;
 
 /// A destination's meaning, live. Dropping the last clone ends the streams behind it after the idle time.
 #[derive(Clone)]
 pub(crate) struct Target {
-    pub(crate) outbound: watch::Receiver<Result<Arc<Outbound>, Unroutable>>,
+    pub(crate) outbound: watch::Receiver<Answer>,
     /// The endpoints when `outbound` says `Balance`: `None` until the first answer.
-    pub(crate) endpoints: watch::Receiver<Option<Arc<[Arc<Endpoint>]>>>,
+    pub(crate) endpoints: watch::Receiver<Endpoints>,
 }
 
-/// A port's policy, live: never empty, the default policy stands until the first answer.
-pub(crate) type PortPolicy = watch::Receiver<Arc<ServerPolicy>>;
+pub(crate) type Answer = Result<Arc<Outbound>, Unroutable>;
+pub(crate) type Endpoints = Option<Arc<[Arc<Endpoint>]>>;
+
+/// A port's policy, live. A listed port starts with the default policy, any other with nothing.
+#[derive(Clone)]
+pub(crate) struct PortPolicy(watch::Receiver<Option<Arc<ServerPolicy>>>);
+
+impl PortPolicy {
+    /// The policy in force. Returns at once but for an unlisted port that the control plane has not answered for: that
+    /// waits `ANSWER` at most.
+    ///
+    /// # Errors
+    /// `PolicyUnavailable`.
+    pub(crate) async fn known(&mut self) -> Result<Arc<ServerPolicy>, Denied> {
+        match tokio::time::timeout(ANSWER, self.0.wait_for(Option::is_some)).await {
+            Ok(Ok(policy)) => policy.clone().ok_or(Denied::PolicyUnavailable),
+            Ok(Err(_)) | Err(_) => Err(Denied::PolicyUnavailable),
+        }
+    }
+
+    /// The policy in force, or `None` if the port has none yet.
+    pub(crate) fn now(&self) -> Option<Arc<ServerPolicy>> {
+        self.0.borrow().clone()
+    }
+
+    /// Returns when the policy is another one than at the last `known` or `changed`; never, if it cannot change.
+    pub(crate) async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// How long a destination or an unlisted port may wait for its first answer.
+pub(crate) const ANSWER: Duration = Duration::from_secs(3);
+
+/// Destinations and unlisted ports known at once. Beyond it the unused make room, then new ones are refused.
+const MAX_TARGETS: usize = 8192;
+const MAX_UNLISTED_PORTS: usize = 1024;
+
+/// How often the unused are looked for; they go at the second look in a row, so after 5 to 10 s.
+const SWEEP: Duration = Duration::from_secs(5);
+/// An unlisted port's watch goes after this many looks (90 s).
+const PORT_SWEEPS: u32 = 18;
+
+/// The handle that data threads hold.
+#[derive(Clone)]
+pub(crate) struct Discovery(Arc<Shared>);
+
+struct Shared {
+    config: Arc<Config>,
+    /// Where the streams live: the control thread.
+    control: Handle,
+    clients: Clients,
+    credentials: CredentialsWatch,
+    targets: Mutex<HashMap<SocketAddr, Entry>>,
+    ports: Mutex<HashMap<u16, PortEntry>>,
+}
+
+/// Clients over lazily connected channels: `control.rs` makes them.
+#[derive(Clone)]
+pub(crate) struct Clients {
+    pub(crate) destination: DestinationClient<Channel>,
+    pub(crate) outbound: OutboundPoliciesClient<Channel>,
+    pub(crate) inbound: InboundServerPoliciesClient<Channel>,
+}
+
+struct Entry {
+    outbound: watch::Sender<Answer>,
+    endpoints: watch::Sender<Endpoints>,
+    /// Aborted when dropped; `None` for a destination that nobody is asked about.
+    _streams: Option<Streams>,
+    /// Nobody held it at the last look.
+    unused: bool,
+}
+
+struct PortEntry {
+    policy: watch::Sender<Option<Arc<ServerPolicy>>>,
+    _stream: Streams,
+    listed: bool,
+    unused_looks: u32,
+}
+
+/// A task that ends with its entry.
+struct Streams(AbortHandle);
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Discovery {
+    /// Starts watching the listed ports and sweeping the unused, on `control`.
+    pub(crate) fn start(config: Arc<Config>, control: Handle, clients: Clients, credentials: CredentialsWatch) -> Self {
+        let shared =
+            Shared { config, control, clients, credentials, targets: Mutex::default(), ports: Mutex::default() };
+        let discovery = Self(Arc::new(shared));
+        let config = &discovery.0.config;
+        let listed: Vec<u16> = config.inbound_ports.iter().chain([config.admin_listen.port()]).collect();
+        for port in listed {
+            let policy = discovery.0.default_policy(port);
+            lock(&discovery.0.ports).entry(port).or_insert_with(|| discovery.0.watch_port(port, Some(policy)));
+        }
+        // The sweeper must not keep alive what it sweeps.
+        let weak = Arc::downgrade(&discovery.0);
+        discovery.0.control.spawn(async move {
+            let mut ticks = tokio::time::interval(SWEEP);
+            loop {
+                ticks.tick().await;
+                let Some(shared) = weak.upgrade() else { return };
+                shared.sweep();
+            }
+        });
+        discovery
+    }
+
+    /// What `dst` means. Asked once per destination; the answer is live and shared.
+    ///
+    /// # Errors
+    /// `DiscoveryUnavailable` after `ANSWER` without an answer inside the mesh's networks, or what the answer itself says.
+    pub(crate) async fn target(&self, dst: SocketAddr) -> Result<Target, Unroutable> {
+        let mut target = self.0.subscribe(dst)?;
+        let answered = target.outbound.wait_for(|answer| !matches!(answer, Err(Unroutable::DiscoveryUnavailable)));
+        match tokio::time::timeout(ANSWER, answered).await {
+            Ok(Ok(answer)) => answer.as_ref().map(|_| ()).map_err(|why| *why)?,
+            Ok(Err(_)) | Err(_) => return Err(Unroutable::DiscoveryUnavailable),
+        }
+        Ok(target)
+    }
+
+    /// What `port` of this pod accepts.
+    pub(crate) fn port(&self, port: u16) -> PortPolicy {
+        let mut ports = lock(&self.0.ports);
+        if !ports.contains_key(&port) && ports.values().filter(|entry| !entry.listed).count() >= MAX_UNLISTED_PORTS {
+            ports.retain(|_, entry| entry.listed || entry.policy.receiver_count() > 0);
+            if ports.len() >= MAX_UNLISTED_PORTS + self.0.config.inbound_ports.len() + 1 {
+                // Its sender is gone: `known` refuses at once.
+                return PortPolicy(watch::channel(None).1);
+            }
+        }
+        let entry = ports.entry(port).or_insert_with(|| self.0.watch_port(port, None));
+        entry.unused_looks = 0;
+        PortPolicy(entry.policy.subscribe())
+    }
+}
+
+impl Shared {
+    fn subscribe(self: &Arc<Self>, dst: SocketAddr) -> Result<Target, Unroutable> {
+        let mut targets = lock(&self.targets);
+        if !targets.contains_key(&dst) && targets.len() >= MAX_TARGETS {
+            targets.retain(|_, entry| entry.is_held());
+            if targets.len() >= MAX_TARGETS {
+                tracing::warn!(%dst, MAX_TARGETS, "too many destinations are in use at once");
+                return Err(Unroutable::DiscoveryUnavailable);
+            }
+        }
+        let entry = targets.entry(dst).or_insert_with(|| self.entry(dst));
+        entry.unused = false;
+        Ok(Target { outbound: entry.outbound.subscribe(), endpoints: entry.endpoints.subscribe() })
+    }
+
+    fn entry(self: &Arc<Self>, dst: SocketAddr) -> Entry {
+        let (endpoints, _) = watch::channel(None);
+        if !self.is_mesh(dst) {
+            let (outbound, _) = watch::channel(Ok(Arc::new(convert::passthrough(dst))));
+            return Entry { outbound, endpoints, _streams: None, unused: false };
+        }
+        let (outbound, _) = watch::channel(Err(Unroutable::DiscoveryUnavailable));
+        let source = follow::Source {
+            clients: self.clients.clone(),
+            credentials: self.credentials.clone(),
+            workload: self.config.policy_workload.clone(),
+            context: self.config.destination_context.clone(),
+            with_profile: !self.config.profile_networks.is_empty(),
+        };
+        let task = self.control.spawn(follow::target(source, dst, outbound.clone(), endpoints.clone()));
+        Entry { outbound, endpoints, _streams: Some(Streams(task.abort_handle())), unused: false }
+    }
+
+    /// Whether `dst` must be explained by the control plane. Without networks, everything must.
+    fn is_mesh(&self, dst: SocketAddr) -> bool {
+        let networks = &self.config.profile_networks;
+        networks.is_empty() || networks.iter().any(|network| network.contains(dst.ip()))
+    }
+
+    fn watch_port(&self, port: u16, default: Option<Arc<ServerPolicy>>) -> PortEntry {
+        let listed = default.is_some();
+        let (policy, _) = watch::channel(default);
+        let stream = follow::port(
+            self.clients.inbound.clone(),
+            self.credentials.clone(),
+            self.config.policy_workload.clone(),
+            port,
+            policy.clone(),
+        );
+        let stream = self.control.spawn(stream);
+        PortEntry { policy, _stream: Streams(stream.abort_handle()), listed, unused_looks: 0 }
+    }
+
+    fn default_policy(&self, port: u16) -> Arc<ServerPolicy> {
+        let config = &self.config;
+        let protocol = if config.opaque_ports.contains(port) { Protocol::Opaque } else { Protocol::Detect };
+        Arc::new(config.default_policy.server_policy(&config.cluster_networks, protocol, config.inbound_detect_timeout))
+    }
+
+    /// Forgets what nobody holds: destinations at the second look, unlisted ports at the `PORT_SWEEPS`-th.
+    fn sweep(&self) {
+        lock(&self.targets).retain(|_, entry| {
+            let unused_before = entry.unused;
+            entry.unused = !entry.is_held();
+            !(unused_before && entry.unused)
+        });
+        lock(&self.ports).retain(|_, entry| {
+            entry.unused_looks = if entry.policy.receiver_count() == 0 { entry.unused_looks + 1 } else { 0 };
+            entry.listed || entry.unused_looks < PORT_SWEEPS
+        });
+    }
+}
+
+impl Entry {
+    fn is_held(&self) -> bool {
+        self.outbound.receiver_count() > 0 || self.endpoints.receiver_count() > 0
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every update under these locks is a single insertion or removal: a panic leaves nothing half done.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,108 @@
+//! The control thread: identity, discovery, policy, admin and tap on one runtime of their own, beside the data threads.
+//!
+//! The only wiring of these parts. Everything the data threads get is in `Control`; nothing here touches their traffic.
+
+pub(crate) mod backoff;
+pub(crate) mod client;
+
+use std::io;
+use std::sync::Arc;
+
+use linkerd2_proxy_api::destination::destination_client::DestinationClient;
+use linkerd2_proxy_api::inbound::inbound_server_policies_client::InboundServerPoliciesClient;
+use linkerd2_proxy_api::outbound::outbound_policies_client::OutboundPoliciesClient;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::config::{Config, ControlAddr, LogFormat};
+use crate::control::client::ClientTls;
+use crate::discovery::{Clients, Discovery};
+use crate::drain::{Drain, Shutdown};
+use crate::edges::Edges;
+use crate::metrics::Metrics;
+use crate::socket::{self, Dial};
+use crate::tap::Taps;
+use crate::tls::{CredentialsWatch, Trust};
+use crate::{admin, identity, tap};
+
+/// What the data threads get from the control thread.
+#[derive(Clone)]
+pub(crate) struct Control {
+    pub(crate) credentials: CredentialsWatch,
+    pub(crate) discovery: Discovery,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) taps: Arc<Taps>,
+    pub(crate) edges: Arc<Edges>,
+}
+
+/// Binds the admin and tap ports and starts the control thread, which lives until `drain` is over.
+///
+/// # Errors
+/// A port is taken, a trust root is not usable, or the thread could not be made.
+pub(crate) fn start(config: Arc<Config>, shutdown: Shutdown, mut drain: Drain) -> io::Result<Control> {
+    let trust = Trust::new(&config.identity.trust_anchors).map_err(io::Error::other)?;
+    let bind = |addr, what| {
+        socket::listen(addr, false).map_err(|why| io::Error::new(why.kind(), format!("{what} port {addr}: {why}")))
+    };
+    let admin_listener = bind(config.admin_listen, "admin")?;
+    let tap_listener = config.tap_svc_name.is_some().then(|| bind(config.control_listen, "tap")).transpose()?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+    let (credentials_tx, credentials) = watch::channel(None);
+    let (metrics, taps, edges) = (Arc::new(Metrics::new()), Arc::new(Taps::default()), Arc::new(Edges::default()));
+    let discovery = {
+        let _in_runtime = runtime.enter();
+        let clients = clients(&config, &credentials);
+        Discovery::start(config.clone(), runtime.handle().clone(), clients, credentials.clone())
+    };
+    let control = Control { credentials, discovery, metrics, taps, edges };
+
+    let parts = control.clone();
+    std::thread::Builder::new().name("control".to_owned()).spawn(move || {
+        runtime.block_on(async move {
+            tokio::spawn(identity::run(config.clone(), trust, credentials_tx, parts.metrics.clone()));
+            if let (Some(listener), Some(name)) = (tap_listener, config.tap_svc_name.clone()) {
+                let listener = TcpListener::from_std(listener).expect("a listening, non-blocking socket");
+                tokio::spawn(tap::serve(
+                    listener,
+                    name,
+                    parts.credentials.clone(),
+                    parts.taps.clone(),
+                    parts.edges.clone(),
+                ));
+            }
+            let listener = TcpListener::from_std(admin_listener).expect("a listening, non-blocking socket");
+            let admin = admin::Admin {
+                metrics: parts.metrics.clone(),
+                credentials: parts.credentials.clone(),
+                drain: drain.clone(),
+                shutdown: config.shutdown_endpoint.then_some(shutdown),
+            };
+            tokio::spawn(admin::serve(listener, Arc::new(admin)));
+            drain.over().await;
+        });
+    })?;
+    Ok(control)
+}
+
+fn clients(config: &Config, credentials: &CredentialsWatch) -> Clients {
+    let dial = Dial { mark: config.outbound_mark, timeout: config.outbound_connect_timeout };
+    let channel = |addr: &ControlAddr| client::channel(addr, ClientTls::Identity(credentials.clone()), dial);
+    let policy = channel(&config.policy);
+    Clients {
+        destination: DestinationClient::new(channel(&config.destination)),
+        outbound: OutboundPoliciesClient::new(policy.clone()),
+        inbound: InboundServerPoliciesClient::new(policy),
+    }
+}
+
+/// Installs the log: plain lines or JSON on standard error, filtered by `MANTLE_PROXY_LOG`. Once per process.
+pub(crate) fn init_log(config: &Config) {
+    let filter = tracing_subscriber::EnvFilter::new(&config.log);
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // A second call, as tests make it, leaves the first one's log.
+    let _ = match config.log_format {
+        LogFormat::Plain => lines.with_ansi(false).try_init(),
+        LogFormat::Json => lines.json().try_init(),
+    };
+}
