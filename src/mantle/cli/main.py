@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Each command: where it is (`module:attribute`) and what it does. The order is that of `mantle --help`."""
 
-OUTPUTS = ("table", "json", "wide", "short")
+OUTPUTS = ("table", "json", "wide", "short", "yaml")
 
 
 @dataclass(slots=True)

@@ -66,7 +66,7 @@ def inbound_ports(spec: Mapping[str, Any]) -> tuple[int, ...]:
     """Every TCP port the pod says it serves: container ports, and the ports its probes ask. Sorted."""
     ports: set[int] = set()
     for container in containers(spec):
-        named = {p.get("name"): p.get("containerPort") for p in container.get("ports") or []}
+        named = {p["name"]: p.get("containerPort") for p in container.get("ports") or [] if "name" in p}
         ports.update(int(p["containerPort"]) for p in container.get("ports") or [] if p.get("protocol", "TCP") == "TCP")
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             for way in ("httpGet", "tcpSocket", "grpc"):

@@ -1,0 +1,154 @@
+"""Injection of whole Kubernetes objects, as `mantle inject` does it: find the pod template, annotate or inject it.
+
+Works on the parsed objects in place (so that what knows about comments and order may be passed in) and returns one
+`Report` an object. Which text they came from and went to is the caller's business.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from mantle.core.annotations import INJECT, INJECT_VALUES, LABEL_COMPONENT, PREFIX, Mistake, read_config
+from mantle.core.inject import PROXY, Injected, Refused, inject_pod, uninject_pod
+from mantle.core.pod_facts import Skip, containers, has_udp_ports, obstacles
+from mantle.core.proxy_env import Values
+
+TEMPLATE_PATHS: Mapping[str, tuple[str, ...]] = {
+    "Deployment": ("spec", "template"),
+    "ReplicationController": ("spec", "template"),
+    "ReplicaSet": ("spec", "template"),
+    "Job": ("spec", "template"),
+    "DaemonSet": ("spec", "template"),
+    "StatefulSet": ("spec", "template"),
+    "CronJob": ("spec", "jobTemplate", "spec", "template"),
+    "Pod": (),
+}
+
+
+class Verdict(enum.StrEnum):
+    INJECTED = "injected"
+    ANNOTATED = "annotated"
+    SKIPPED = "skipped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of one object. `kind` is lower case, empty when the object has none."""
+
+    kind: str
+    name: str
+    verdict: Verdict
+    skips: tuple[Skip, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
+    error: str = ""
+    udp: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the user asked of `mantle inject`."""
+
+    settings: Mapping[str, str]
+    """`config.mantle.dev/` names without prefix, to their texts: already known to be accepted."""
+    inject: str = "enabled"
+    """`enabled` or `ingress`."""
+    manual: Values | None = None
+    """Render the sidecar with these values instead of asking for it by annotation."""
+
+
+def inject_object(obj: Any, wish: Wish, namespaces: Mapping[str, Mapping[str, Any]]) -> Iterator[Report]:
+    """Annotates or injects one object, each item of a `List` by itself. `namespaces`: Namespace objects by name."""
+    if not isinstance(obj, MutableMapping) or not obj.get("kind"):
+        yield Report("", "", Verdict.SKIPPED)
+        return
+    kind = str(obj["kind"])
+    if kind.endswith("List") and isinstance(obj.get("items"), list):
+        for item in obj["items"]:
+            yield from inject_object(item, wish, namespaces)
+        return
+    name = str((obj.get("metadata") or {}).get("name") or (obj.get("metadata") or {}).get("generateName") or "")
+    if kind == "Namespace" and wish.manual is None:
+        _annotate(obj, {INJECT: wish.inject, **_prefixed(wish.settings)})
+        yield Report("namespace", name, Verdict.ANNOTATED)
+    elif kind == "Service" and "opaque-ports" in wish.settings:
+        _annotate(obj, {PREFIX + "opaque-ports": wish.settings["opaque-ports"]})
+        yield Report("service", name, Verdict.ANNOTATED)
+    elif kind in TEMPLATE_PATHS:
+        yield _inject_workload(obj, kind, name, wish, namespaces)
+    else:
+        yield Report(kind.lower(), name, Verdict.SKIPPED)
+
+
+def _inject_workload(
+    obj: MutableMapping[str, Any], kind: str, name: str, wish: Wish, namespaces: Mapping[str, Mapping[str, Any]]
+) -> Report:
+    lower = kind.lower()
+    template: Any = obj
+    for step in TEMPLATE_PATHS[kind]:
+        template = template.get(step) if isinstance(template, Mapping) else None
+    if not isinstance(template, MutableMapping) or not isinstance(template.get("spec"), MutableMapping):
+        where = ".".join((*TEMPLATE_PATHS[kind], "spec"))
+        return Report(lower, name, Verdict.FAILED, error=f"{where} is missing: there is no pod to inject")
+    if any(container.get("name") == PROXY for container in containers(template["spec"])):
+        _replace(template, uninject_pod(template))
+    own = (template.get("metadata") or {}).get("annotations") or {}
+    skips = list(obstacles(template["spec"]))
+    if own.get(INJECT) == "disabled":
+        skips.append(Skip.DISABLED)
+    if skips:
+        return Report(lower, name, Verdict.SKIPPED, tuple(skips))
+    namespace_name = str((obj.get("metadata") or {}).get("namespace") or "default")
+    udp = has_udp_ports(template["spec"])
+    _annotate(template, {INJECT: wish.inject, **_prefixed(wish.settings)})
+    if wish.manual is None:
+        return _annotated(template, lower, name, own, udp)
+    owner = None if kind == "Pod" else (kind, name)
+    result = inject_pod(template, namespaces.get(namespace_name, {}), wish.manual, owner)
+    if isinstance(result, Injected):
+        _replace(template, result.pod)
+        return Report(lower, name, Verdict.INJECTED, udp=udp)
+    if isinstance(result, Refused):
+        return Report(lower, name, Verdict.FAILED, mistakes=result.mistakes)
+    return Report(lower, name, Verdict.SKIPPED, result.reasons)
+
+
+def _annotated(template: Mapping[str, Any], kind: str, name: str, own: Mapping[str, str], udp: bool) -> Report:
+    if LABEL_COMPONENT in ((template.get("metadata") or {}).get("labels") or {}):
+        return Report(kind, name, Verdict.FAILED, error="--manual must be set when injecting control plane components")
+    mistakes = read_config(own, {})[1]
+    if (said := own.get(INJECT)) is not None and said not in INJECT_VALUES:
+        mistakes = (Mistake(INJECT, str(said), " or ".join(INJECT_VALUES)), *mistakes)
+    if mistakes:
+        return Report(kind, name, Verdict.FAILED, mistakes=mistakes)
+    return Report(kind, name, Verdict.INJECTED, udp=udp)
+
+
+def _prefixed(settings: Mapping[str, str]) -> dict[str, str]:
+    return {PREFIX + name: text for name, text in settings.items()}
+
+
+def _annotate(obj: MutableMapping[str, Any], annotations: Mapping[str, str]) -> None:
+    """Sets annotations in place; `metadata` goes first where there was none."""
+    if not obj.get("metadata"):
+        rest = dict(obj)
+        obj.clear()
+        obj["metadata"] = {}
+        obj.update({key: value for key, value in rest.items() if key != "metadata"})
+    metadata = obj["metadata"]
+    if not metadata.get("annotations"):
+        metadata["annotations"] = {}
+    metadata["annotations"].update(annotations)
+
+
+def _replace(target: MutableMapping[str, Any], source: Mapping[str, Any]) -> None:
+    """Takes over `metadata` and `spec` without losing the mapping (and what it knows of comments) around them."""
+    for key in ("metadata", "spec"):
+        if key in source:
+            target[key] = source[key]

@@ -1,0 +1,199 @@
+"""`mantle inject` as a person runs it: text in, text out, the report on standard error."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from ruamel.yaml import YAML
+
+from mantle.cli.inject import command
+from mantle.cli.main import Globals
+
+WEB = """\
+# the shop's front
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: web   # keep me
+spec:
+  template:
+    metadata:
+      labels: {app: web}
+    spec:
+      containers:
+      - image: 'acme/web:1.4'
+        name: web
+"""
+
+
+def inject(stdin: str, *arguments: str, flags: Globals | None = None) -> Result:
+    return CliRunner().invoke(
+        command, [*(arguments or ("-",))], input=stdin, obj=flags or Globals(), standalone_mode=False
+    )
+
+
+def test_it_only_annotates_and_keeps_comments_order_and_quotes():
+    result = inject(WEB)
+    assert result.return_value == 0
+    assert result.stdout == WEB.replace(
+        "      labels: {app: web}\n",
+        "      labels: {app: web}\n      annotations:\n        mantle.dev/inject: enabled\n",
+    )
+    assert result.stderr == '\ndeployment "web" injected\n\n'
+
+
+def test_what_is_not_touched_comes_out_byte_for_byte():
+    service = "---\n# odd   spacing\nkind:   Service\nmetadata: {name:   web-svc}\n"
+    result = inject(service + "---\n" + WEB)
+    assert result.stdout.startswith(service + "---\n# the shop's front\n")
+    assert result.stderr == '\nservice "web-svc" skipped\ndeployment "web" injected\n\n'
+
+
+def test_a_broken_document_is_reported_with_its_line_and_does_not_stop_the_others():
+    broken = "kind: Pod\nmetadata:\n  name: [a\n"
+    result = inject(f"{WEB}---\n{broken}---\n{WEB.replace('web', 'shop')}")
+    assert result.return_value == 1
+    assert broken in result.stdout and result.stdout.count("mantle.dev/inject: enabled") == 2
+    assert "× stdin:17: this is not YAML: " in result.stderr
+    assert 'deployment "shop" injected' in result.stderr
+
+
+def test_lists_are_injected_item_by_item():
+    result = inject(json.dumps({"kind": "List", "items": [YAML(typ="safe").load(WEB), {"kind": "Secret"}, {}]}))
+    assert result.stderr == '\ndeployment "web" injected\nsecret "" skipped\ndocument missing "kind" field, skipped\n\n'
+    items = YAML(typ="safe").load(result.stdout)["items"]
+    assert items[0]["spec"]["template"]["metadata"]["annotations"] == {"mantle.dev/inject": "enabled"}
+
+
+def test_the_report_says_what_keeps_pods_out():
+    def deployment(name: str, pod: str, annotations: str = "") -> str:
+        return (
+            f"---\nkind: Deployment\nmetadata: {{name: {name}}}\n"
+            f"spec:\n  template:\n    metadata: {{annotations: {{{annotations}}}}}\n    spec: {pod}\n"
+        )
+
+    text = (
+        deployment("host", "{hostNetwork: true, containers: []}")
+        + deployment("istio", "{containers: [{name: istio-proxy}]}")
+        + deployment("off", "{containers: []}", "mantle.dev/inject: disabled")
+    )
+    result = inject(text)
+    assert result.stdout == text
+    assert result.stderr == (
+        "\n"
+        '‼ "hostNetwork: true" detected in deployment/host\n'
+        "‼ known 3rd party sidecar detected in deployment/istio\n"
+        '‼ "mantle.dev/inject: disabled" annotation set on deployment/off\n'
+        "‼ no supported objects found\n"
+        "\n"
+        'deployment "host" skipped\n'
+        'deployment "istio" skipped\n'
+        'deployment "off" skipped\n'
+        "\n"
+    )
+    udp = deployment("dns", "{containers: [{name: a, ports: [{containerPort: 53, protocol: UDP}]}]}")
+    assert '‼ deployment/dns uses "protocol: UDP"\n\ndeployment "dns" injected\n' in inject(udp).stderr
+
+
+def test_verbose_prints_the_good_news_too():
+    assert inject(WEB, flags=Globals(verbose=True)).stderr == (
+        "\n"
+        "√ pods do not use host networking\n"
+        "√ pods do not have a 3rd party proxy or initContainer already injected\n"
+        "√ pods are not annotated to disable injection\n"
+        "√ at least one resource can be injected or annotated\n"
+        "√ pod specs do not include UDP ports\n"
+        '\ndeployment "web" injected\n\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("DaemonSet", ("spec", "template")),
+        ("StatefulSet", ("spec", "template")),
+        ("ReplicaSet", ("spec", "template")),
+        ("ReplicationController", ("spec", "template")),
+        ("Job", ("spec", "template")),
+        ("CronJob", ("spec", "jobTemplate", "spec", "template")),
+        ("Pod", ()),
+    ],
+)
+def test_every_kind_that_makes_pods(kind: str, path: tuple[str, ...]):
+    workload: dict = {"spec": {"containers": [{"name": "a"}]}}
+    for step in reversed(path):
+        workload = {step: workload}
+    result = inject(json.dumps({"kind": kind, "metadata": {"name": "x"}, **workload}))
+    found = YAML(typ="safe").load(result.stdout)
+    for step in path:
+        found = found[step]
+    assert found["metadata"]["annotations"] == {"mantle.dev/inject": "enabled"}
+    assert f'{kind.lower()} "x" injected' in result.stderr
+
+
+def test_flags_become_annotations_and_wrong_ones_are_usage_errors():
+    flags = (
+        "-",
+        "--opaque-ports",
+        "3306,1000-2000",
+        "--enable-debug-sidecar",
+        "--ingress",
+        "--proxy-log-level",
+        "debug",
+    )
+    result = inject("kind: Service\nmetadata: {name: db}\n---\n" + WEB, *flags)
+    service, deployment = YAML(typ="safe").load_all(result.stdout)
+    assert service["metadata"]["annotations"] == {"config.mantle.dev/opaque-ports": "3306,1000-2000"}
+    assert deployment["spec"]["template"]["metadata"]["annotations"] == {
+        "mantle.dev/inject": "ingress",
+        "config.mantle.dev/opaque-ports": "3306,1000-2000",
+        "config.mantle.dev/enable-debug-sidecar": "true",
+        "config.mantle.dev/proxy-log-level": "debug",
+    }
+    assert 'service "db" annotated' in result.stderr
+    wrong = inject(WEB, "-", "--inbound-port", "x", "--access-log", "xml")
+    assert str(wrong.exception) == (
+        "--access-log 'xml' is not accepted; use apache or json\n"
+        "--inbound-port 'x' is not accepted; use a port from 1 to 65535"
+    )
+
+
+def test_a_wrong_annotation_in_the_file_fails_that_object():
+    result = inject(WEB.replace("labels: {app: web}", "annotations: {config.mantle.dev/proxy-await: maybe}"))
+    assert result.return_value == 1
+    assert "× failed to inject deployment/web: pod annotation config.mantle.dev/proxy-await: 'maybe'" in result.stderr
+    assert 'deployment "web" failed' in result.stderr
+
+
+def test_manual_renders_the_sidecar_and_can_be_repeated(tmp_path: Path):
+    roots = tmp_path / "roots.pem"
+    roots.write_text("PEM\n")
+    once = inject(WEB, "-", "--manual", "--trust-anchors", str(roots))
+    template = YAML(typ="safe").load(once.stdout)["spec"]["template"]
+    assert [c["name"] for c in template["spec"]["initContainers"]] == ["mantle-init", "mantle-proxy"]
+    assert template["metadata"]["labels"]["mantle.dev/proxy-deployment"] == "web"
+    assert "# keep me" in once.stdout and "'acme/web:1.4'" in once.stdout
+    twice = inject(once.stdout, "-", "--manual", "--trust-anchors", str(roots))
+    assert YAML(typ="safe").load(twice.stdout) == YAML(typ="safe").load(once.stdout)
+
+
+def test_manual_without_roots_says_where_to_get_them(tmp_path: Path):
+    result = inject(WEB, "-", "--manual", "--trust-anchors", str(tmp_path / "none.pem"))
+    assert "cannot read the trust anchors" in str(result.exception)
+
+
+def test_the_control_plane_is_injected_by_hand_only():
+    result = inject(WEB.replace("{app: web}", "{mantle.dev/control-plane-component: viz}"))
+    assert result.return_value == 1
+    assert "--manual must be set when injecting control plane components" in result.stderr
+
+
+def test_directories_json_output_and_files_that_are_not_there(tmp_path: Path):
+    (tmp_path / "b.yaml").write_text(WEB)
+    (tmp_path / "a.yml").write_text("kind: Namespace\nmetadata: {name: shop}\n")
+    (tmp_path / "notes.txt").write_text(": not yaml [")
+    result = inject("", str(tmp_path), flags=Globals(output="json"))
+    assert [item["kind"] for item in json.loads(result.stdout)["items"]] == ["Namespace", "Deployment"]
+    assert result.stderr == '\nnamespace "shop" annotated\ndeployment "web" injected\n\n'
+    assert str(inject("", str(tmp_path / "gone.yml")).exception).startswith("cannot read ")
