@@ -124,17 +124,17 @@ def mantle(label, lanes, **extra):
     Transparent: the load goes to the service address, the redirect brings it to the outbound proxy, whose mux link
     goes to the same address's inbound port. Policy, metrics and tap checks are on, as in production.
     """
-    ids = {s: f"{s}.bench.serviceaccount.identity.mantle.cluster.local" for s in ("out", "in")}
+    ids = {s: f"{s}.mantle.serviceaccount.identity.mantle.cluster.local" for s in ("out", "in")}
     procs = [{"role": "plane", "wait_port": "${aux4}", "cmd": [
-        "${python}", "${here}/plane.py", "--run", "${run}", "--service-ip", "${svc_ip}", "--identity-port", "${aux1}",
+        "${python}", "${here}/plane.py", "--run", "${run}", "--service-ip", "${svc_ip}", "--identity-in-port", "${aux1}", "--identity-out-port", "${h2_mid}",
         "--destination-port", "${aux2}", "--policy-port", "${aux3}", "--ready-port", "${aux4}",
         "--inbound-port", "${h1_mid}", "--ports", "18080,18082,18083"]}]
     for side in ("in", "out"):
         env = {"IDENTITY_LOCAL_NAME": ids[side], "IDENTITY_TOKEN_FILE": "${run}/" + side + ".token",
-               "IDENTITY_SVC_ADDR": "127.0.0.1:${aux1}", "DESTINATION_SVC_ADDR": "127.0.0.1:${aux2}",
+               "IDENTITY_SVC_ADDR": "127.0.0.1:" + ("${aux1}" if side == "in" else "${h2_mid}"), "DESTINATION_SVC_ADDR": "127.0.0.1:${aux2}",
                "POLICY_SVC_ADDR": "127.0.0.1:${aux3}", "DESTINATION_PROFILE_NETWORKS": "10.223.0.0/16",
-               "POLICY_CLUSTER_NETWORKS": "10.223.0.0/16", "POLICY_WORKLOAD": '{"ns":"bench","pod":"' + side + '"}',
-               "DESTINATION_CONTEXT": '{"ns":"bench","nodeName":"bench","pod":"' + side + '"}',
+               "POLICY_CLUSTER_NETWORKS": "10.223.0.0/16", "POLICY_WORKLOAD": '{"ns":"mantle","pod":"' + side + '"}',
+               "DESTINATION_CONTEXT": '{"ns":"mantle","nodeName":"bench","pod":"' + side + '"}',
                "INBOUND_IPS": "${svc_ip}" if side == "in" else "127.0.0.2",
                "INBOUND_PORTS": "18080-18083" if side == "in" else "1", "LOG": "warn",
                "ADMIN_LISTEN_ADDR": "127.0.0.1:${admin_%s}" % side, "CONTROL_LISTEN_ADDR": "127.0.0.1:" + (
