@@ -1,10 +1,12 @@
 """One sample: a load generator against a running variant, with everybody's CPU time taken before and after."""
+
 import json
 import math
 import os
 import re
 import resource
 import socket
+import statistics
 import subprocess
 import time
 
@@ -30,8 +32,10 @@ def to_us(s):
 
 
 def parse_wrk(t):
-    r = {"requests": int(re.search(r"(\d+) requests in", t)[1]),
-         "rps": float(re.search(r"Requests/sec:\s+([\d.]+)", t)[1])}
+    r = {
+        "requests": int(re.search(r"(\d+) requests in", t)[1]),
+        "rps": float(re.search(r"Requests/sec:\s+([\d.]+)", t)[1]),
+    }
     for p, k in (("50", "p50_us"), ("99", "p99_us")):
         m = re.search(rf"^\s+{p}%\s+(\S+)", t, re.M)
         if m:
@@ -44,16 +48,18 @@ def parse_wrk(t):
 
 
 def parse_h2load(t):
-    m = re.search(r"requests: (\d+) total, (\d+) started, (\d+) done, (\d+) succeeded, (\d+) failed, (\d+) errored",
-                  t)
+    m = re.search(r"requests: (\d+) total, (\d+) started, (\d+) done, (\d+) succeeded, (\d+) failed, (\d+) errored", t)
     ok = int(re.search(r"status codes: (\d+) 2xx", t)[1])
-    return {"requests": int(m[3]), "rps": float(re.search(r"finished in [\d.]+\w+, ([\d.]+) req/s", t)[1]),
-            "mean_us": to_us(re.search(r"time for request:\s+\S+\s+\S+\s+(\S+)", t)[1]),
-            "errors": int(m[3]) - ok}
+    return {
+        "requests": int(m[3]),
+        "rps": float(re.search(r"finished in [\d.]+\w+, ([\d.]+) req/s", t)[1]),
+        "mean_us": to_us(re.search(r"time for request:\s+\S+\s+\S+\s+(\S+)", t)[1]),
+        "errors": int(m[3]) - ok,
+    }
 
 
 def parse_olload(t):
-    j = json.loads(t[t.index("{"):])
+    j = json.loads(t[t.index("{") :])
     r = {"requests": j["done"], "rps": j["achieved_rps"], "errors": j["bad"] + j["unfinished"]}
     r.update({f"{k}_us": v for k, v in j["latency_us"].items()})
     r.update({f"svc_{k}_us": v for k, v in j["service_us"].items()})
@@ -87,8 +93,12 @@ def iperf(v, o):
     def parse(t):
         j = json.loads(t)
         e = j["end"]
-        return {"gbps": e["sum_received"]["bits_per_second"] / 1e9, "gbytes": e["sum_received"]["bytes"] / 1e9,
-                "errors": 0}
+        return {
+            "gbps": e["sum_received"]["bits_per_second"] / 1e9,
+            "gbytes": e["sum_received"]["bytes"] / 1e9,
+            "errors": 0,
+        }
+
     c = v.client["tcp"]
     return ["iperf3", "-4", "-c", c["ip"], "-p", str(c["port"]), "-t", f"{o.secs:g}", "-J"], parse
 
@@ -114,13 +124,18 @@ def sample(v, test, o, backends):
     waited = quiet(o.quiet_wait)
     b = dict(backends)
     if lane == "tcp":  # a fresh one-shot server each time
-        b["tcp"] = spawn(["iperf3", "-4", "-s", "-1", "-B", ctx.bind, "-p", str(BACKEND["tcp"])],
-                         ctx.layout["backend"], subprocess.DEVNULL)
+        b["tcp"] = spawn(
+            ["iperf3", "-4", "-s", "-1", "-B", ctx.bind, "-p", str(BACKEND["tcp"])],
+            ctx.layout["backend"],
+            subprocess.DEVNULL,
+        )
         t_up = time.monotonic() + 3
         while time.monotonic() < t_up:  # no probe connection: it would use up the one shot
             with open("/proc/net/tcp") as f:
-                if any(line.split()[1].endswith(":%04X" % BACKEND["tcp"]) and line.split()[3] == "0A"
-                       for line in f.readlines()[1:]):
+                if any(
+                    line.split()[1].endswith(":%04X" % BACKEND["tcp"]) and line.split()[3] == "0A"
+                    for line in f.readlines()[1:]
+                ):
                     break
             time.sleep(0.02)
     groups = {"out": v.procs["out"], "in": v.procs["in"], "aux": v.procs["aux"], "backend": [b[lane]]}
@@ -149,9 +164,17 @@ def sample(v, test, o, backends):
     cpu = {g: round(sum(d.get(g, (0, 0))), 3) for g in ("out", "in", "aux", "backend")}
     cpu["client"] = round(client, 3)  # tcp: client and server
     pu, ps = (sum(d[g][i] for g in ("out", "in") if g in d) for i in (0, 1))
-    r.update({"wall": round(wall, 3), "cpu": cpu, "proxy_sys_share": round(ps / (pu + ps), 3) if pu + ps else None,
-              "idle": round(1 - (busy1 - busy0) / wall / os.cpu_count(), 4), "steal": round((steal1 - steal0) / wall / os.cpu_count(), 4), "load_before": round(waited, 3),
-              "interference": round(max(0.0, busy1 - busy0 - ours) / wall / os.cpu_count(), 4)})
+    r.update(
+        {
+            "wall": round(wall, 3),
+            "cpu": cpu,
+            "proxy_sys_share": round(ps / (pu + ps), 3) if pu + ps else None,
+            "idle": round(1 - (busy1 - busy0) / wall / os.cpu_count(), 4),
+            "steal": round((steal1 - steal0) / wall / os.cpu_count(), 4),
+            "load_before": round(waited, 3),
+            "interference": round(max(0.0, busy1 - busy0 - ours) / wall / os.cpu_count(), 4),
+        }
+    )
     n = r.get("requests")
     if n:
         for g in ("out", "in", "backend", "client", "aux"):
@@ -203,12 +226,21 @@ def idle_memory(ctx, name, spec, slot, n=1000):
 
 
 # --- physical limits ------------------------------------------------------------------------------------
+def stats3(v):
+    v = [x for x in v if x is not None]
+    return {"median": statistics.median(v), "min": min(v), "max": max(v), "n": len(v)} if v else None
+
+
 def limits(o):
     r = {}
 
     def speed(*a):
-        out = subprocess.run(["taskset", "-c", "1", "openssl", "speed", "-mr", "-seconds", "1", *a],
-                             capture_output=True, text=True, timeout=120).stdout
+        out = subprocess.run(
+            ["taskset", "-c", "1", "openssl", "speed", "-mr", "-seconds", "1", *a],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        ).stdout
         return out
 
     quiet(o.quiet_wait)
@@ -234,16 +266,22 @@ def limits(o):
             r["ECDSA P-256 sign, /s"], r["ECDSA P-256 verify, /s"] = stats3(sign), stats3(ver)
         else:
             r["X25519 derive, /s"] = stats3(sign)
-    for label, cc, sc in (("iperf3 loopback 1 stream, two cores, Gbit/s", "0", "1"),
-                          ("iperf3 loopback 1 stream, one core, Gbit/s", "0", "0")):
+    for label, cc, sc in (
+        ("iperf3 loopback 1 stream, two cores, Gbit/s", "0", "1"),
+        ("iperf3 loopback 1 stream, one core, Gbit/s", "0", "0"),
+    ):
         vals = []
         for _ in range(o.rounds):
             quiet(o.quiet_wait)
-            s = spawn(["taskset", "-c", sc, "iperf3", "-4", "-s", "-1", "-B", "127.0.0.1", "-p", "18089"],
-                      {0, 1}, subprocess.DEVNULL)
+            s = spawn(
+                ["taskset", "-c", sc, "iperf3", "-4", "-s", "-1", "-B", "127.0.0.1", "-p", "18089"],
+                {0, 1},
+                subprocess.DEVNULL,
+            )
             time.sleep(0.3)
-            t, _ = run_client(["taskset", "-c", cc, "iperf3", "-4", "-c", "127.0.0.1", "-p", "18089", "-t", "2",
-                               "-J"], {0, 1}, 15)
+            t, _ = run_client(
+                ["taskset", "-c", cc, "iperf3", "-4", "-c", "127.0.0.1", "-p", "18089", "-t", "2", "-J"], {0, 1}, 15
+            )
             end([s])
             try:
                 vals.append(json.loads(t)["end"]["sum_received"]["bits_per_second"] / 1e9)

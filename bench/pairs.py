@@ -1,4 +1,5 @@
 """A variant with its processes started, proved to be what it says, and the servers behind it."""
+
 import os
 import re
 import shutil
@@ -23,8 +24,11 @@ class Ctx:
         self.layout = LAYOUTS[a.layout]
         self.bin = f"{a.work}/bin"
         self.certs = f"{a.work}/certs"
-        self.tools = {"envoy": a.envoy or find_envoy(), "haproxy": shutil.which("haproxy") or "haproxy",
-                      "python": a.python}
+        self.tools = {
+            "envoy": a.envoy or find_envoy(),
+            "haproxy": shutil.which("haproxy") or "haproxy",
+            "python": a.python,
+        }
         self.netns = a.topology == "netns"
         self.bind = "0.0.0.0" if self.netns else "127.0.0.1"  # the servers': also at the service addresses
         self.mine = []  # (role, Popen) of everything long-lived
@@ -35,6 +39,7 @@ def find_envoy():
         return p
     try:
         import envoy
+
         return os.path.join(os.path.dirname(envoy.__file__), "_bin", "envoy")
     except ImportError:
         return "envoy"
@@ -72,8 +77,15 @@ class Running:
         run = f"{ctx.work}/run/{name}"
         shutil.rmtree(run, ignore_errors=True)
         os.makedirs(run)
-        m = {"run": run, "certs": ctx.certs, "bin": ctx.bin, "here": HERE, **ctx.tools,
-             "admin_out": base + 20, "admin_in": base + 21}
+        m = {
+            "run": run,
+            "certs": ctx.certs,
+            "bin": ctx.bin,
+            "here": HERE,
+            **ctx.tools,
+            "admin_out": base + 20,
+            "admin_in": base + 21,
+        }
         for i, ln in enumerate(("h1", "h2", "tcp")):
             m[f"{ln}_client"], m[f"{ln}_mid"], m[f"{ln}_backend"] = base + 2 * i, base + 2 * i + 1, BACKEND[ln]
         for i in range(1, 7):
@@ -92,8 +104,12 @@ class Running:
         for ln in s["lanes"]:
             c = s.get("client", {}).get(ln, {})
             port = BACKEND[ln] if through else m[f"{ln}_client"]
-            self.client[ln] = {"port": int(c.get("port", port)), "host": c.get("host"),
-                               "ip": m["svc_ip"] if through else "127.0.0.1", "path": c.get("path", PATHS.get(ln, "/"))}
+            self.client[ln] = {
+                "port": int(c.get("port", port)),
+                "host": c.get("host"),
+                "ip": m["svc_ip"] if through else "127.0.0.1",
+                "path": c.get("path", PATHS.get(ln, "/")),
+            }
         for cmd in s.get("setup", []):
             subprocess.run(cmd, check=True, cwd=run)
         self.procs = {"out": [], "in": [], "aux": []}
@@ -103,8 +119,11 @@ class Running:
                 cpus = ctx.layout["out"] | ctx.layout["in"] if role == "pair" else None
                 role = "out" if role == "pair" else role if role in self.procs else "aux"
                 log = open(f"{run}/proc{i}-{role}.log", "wb")
-                self.procs[role].append(spawn(p["cmd"], cpus or ctx.layout[role], log, p.get("env"), run,
-                                              UID.get(role) if through else None))
+                self.procs[role].append(
+                    spawn(
+                        p["cmd"], cpus or ctx.layout[role], log, p.get("env"), run, UID.get(role) if through else None
+                    )
+                )
                 log.close()
                 if p.get("wait_port"):
                     wait_port(int(p["wait_port"]))
@@ -153,9 +172,12 @@ class Running:
             good = tls_probe(port, self.ctx.certs, True, alpn)
             bad = tls_probe(port, self.ctx.certs, False, alpn)
             plain = http_get(port, None, "/")[:12]
-            out[f"{ln}_mtls"] = {"with_cert": good, "without_cert": bad, "plaintext": plain.decode("latin1"),
-                                 "ok": good.startswith("TLSv1.3") and bad.startswith("refused")
-                                 and b"200" not in plain}
+            out[f"{ln}_mtls"] = {
+                "with_cert": good,
+                "without_cert": bad,
+                "plaintext": plain.decode("latin1"),
+                "ok": good.startswith("TLSv1.3") and bad.startswith("refused") and b"200" not in plain,
+            }
         hold.close()
         for name, p in self.spec.get("proof", {}).items():
             with urllib.request.urlopen(p["url"], timeout=5) as r:
@@ -191,8 +213,11 @@ def tls_probe(port, certs, with_cert, alpn):
         with socket.create_connection(("127.0.0.1", port), 5) as raw, ctx.wrap_socket(raw) as s:
             s.settimeout(1.0)
             # in TLS 1.3 a server's refusal of the client arrives after our side of the handshake
-            s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0" if alpn == "h2"
-                      else b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            s.sendall(
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
+                if alpn == "h2"
+                else b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+            )
             try:
                 d = s.recv(100)
                 what = f"{len(d)} bytes" if d else "closed"
@@ -212,8 +237,11 @@ def start_backends(ctx):
         f.write(BODY)
     os.makedirs(f"{d}/tmp", exist_ok=True)
     with open(f"{d}/nginx.conf", "w") as f:
-        f.write(string.Template(open(f"{HERE}/nginx.conf.in").read()).substitute(
-            d=d, bind=ctx.bind, port=BACKEND["h1"], body=BODY))
+        f.write(
+            string.Template(open(f"{HERE}/nginx.conf.in").read()).substitute(
+                d=d, bind=ctx.bind, port=BACKEND["h1"], body=BODY
+            )
+        )
     log = open(f"{d}/log", "wb")
     cpus = ctx.layout["backend"]
     for port in BACKEND.values():  # fixed ports: a second rig in this namespace would measure the first one's servers
@@ -221,9 +249,12 @@ def start_backends(ctx):
             socket.create_server((ctx.bind, port)).close()
         except OSError as e:
             sys.exit(f"port {port}: {e} (is another rig running?)")
-    b = {"h1": spawn(["nginx", "-p", d, "-c", f"{d}/nginx.conf"], cpus, log),
-         "h2": spawn(["nghttpd", "--no-tls", "-n1", f"--address={ctx.bind}", "-d", f"{d}/doc",
-                      str(BACKEND["h2"])], cpus, log)}
+    b = {
+        "h1": spawn(["nginx", "-p", d, "-c", f"{d}/nginx.conf"], cpus, log),
+        "h2": spawn(
+            ["nghttpd", "--no-tls", "-n1", f"--address={ctx.bind}", "-d", f"{d}/doc", str(BACKEND["h2"])], cpus, log
+        ),
+    }
     for ln, p in b.items():
         if not wait_port(BACKEND[ln], p):
             raise RuntimeError(f"backend {ln} did not start, see {d}/log")

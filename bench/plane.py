@@ -35,16 +35,24 @@ class World:
 
     def __init__(self, service_ip: str, ports: Sequence[int], inbound_port: int) -> None:
         self.key = tokens.new_key()
-        self.pods = {name: self._pod(name, ip, ports, inbound_port) for name, ip in (("out", "127.0.0.2"), ("in", service_ip))}
+        self.pods = {
+            name: self._pod(name, ip, ports, inbound_port) for name, ip in (("out", "127.0.0.2"), ("in", service_ip))
+        }
         self.snapshot = Snapshot(1, {pod.key: pod for pod in self.pods.values()}, {}, {"mantle": Namespace("mantle")})
 
     def _pod(self, name: str, ip: str, ports: Sequence[int], inbound_port: int) -> Pod:
         return Pod(
-            Key("mantle", name), f"uid-{name}", ip, name, Owner("Pod", name),
+            Key("mantle", name),
+            f"uid-{name}",
+            ip,
+            name,
+            Owner("Pod", name),
             labels={"mantle.dev/control-plane-ns": "mantle"},
-            annotations={"config.mantle.dev/inbound-port": str(inbound_port)}, ports=tuple(ContainerPort("", port) for port in ports),
-            ready=True, proxy_started=True,
-        )  # fmt: skip
+            annotations={"config.mantle.dev/inbound-port": str(inbound_port)},
+            ports=tuple(ContainerPort("", port) for port in ports),
+            ready=True,
+            proxy_started=True,
+        )
 
     async def watch(self) -> AsyncIterator[Snapshot]:
         yield self.snapshot

@@ -1,4 +1,5 @@
 """Processes of a benchmark run: pinned, accounted for, and ended by id; the private network namespace they run in."""
+
 import ctypes
 import os
 import resource
@@ -44,19 +45,31 @@ def nft(*lines):
 def redirect(ip, out_port, in_port):
     subprocess.run(["ip", "addr", "replace", f"{ip}/32", "dev", "lo"], check=True)
     to = f"add rule ip bench out ip daddr {ip} meta skuid"
-    nft(f"{to} {UID['in']} return",
+    nft(
+        f"{to} {UID['in']} return",
         f"{to} {UID['out']} tcp dport {{ {', '.join(map(str, BACKEND.values()))} }} "
         + (f"redirect to :{in_port}" if in_port else "return"),
-        f"{to} != {UID['out']} ip protocol tcp redirect to :{out_port}")
+        f"{to} != {UID['out']} ip protocol tcp redirect to :{out_port}",
+    )
 
 
 def spawn(cmd, cpus, log, env=None, cwd=None, uid=None):
     def pre():
         os.sched_setaffinity(0, cpus)
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+
     who = {"user": uid, "group": uid, "extra_groups": []} if uid else {}
-    p = subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pre,
-                         start_new_session=True, env={**os.environ, **(env or {})}, cwd=cwd, **who)
+    p = subprocess.Popen(
+        cmd,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        preexec_fn=pre,
+        start_new_session=True,
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        **who,
+    )
     children.append(p)
     return p
 

@@ -1,17 +1,27 @@
 """Medians, ratios paired within a round, and the markdown of a run."""
-import statistics
 
-from load import TESTS
+from load import TESTS, stats3
 
-
-def stats3(v):
-    v = [x for x in v if x is not None]
-    return {"median": statistics.median(v), "min": min(v), "max": max(v), "n": len(v)} if v else None
-
-
-METRICS = ["rps", "gbps", "p50_us", "p99_us", "p999_us", "mean_us", "cpu_pair_per_1e5", "cpu_out_per_1e5",
-           "cpu_in_per_1e5", "cpu_client_per_1e5", "cpu_backend_per_1e5", "cpu_pair_per_gb", "cpu_out_per_gb",
-           "cpu_in_per_gb", "proxy_sys_share", "interference", "steal", "idle"]
+METRICS = [
+    "rps",
+    "gbps",
+    "p50_us",
+    "p99_us",
+    "p999_us",
+    "mean_us",
+    "cpu_pair_per_1e5",
+    "cpu_out_per_1e5",
+    "cpu_in_per_1e5",
+    "cpu_client_per_1e5",
+    "cpu_backend_per_1e5",
+    "cpu_pair_per_gb",
+    "cpu_out_per_gb",
+    "cpu_in_per_gb",
+    "proxy_sys_share",
+    "interference",
+    "steal",
+    "idle",
+]
 
 
 def summarise(res):
@@ -31,8 +41,7 @@ def summarise(res):
         for base in res["meta"]["bases"]:
             for m in ("rps", "gbps", "p50_us", "p99_us", "cpu_pair_per_1e5", "cpu_pair_per_gb"):
                 other = by.get((base, t), {})
-                rat = [r[m] / other[k][m] for k, r in rounds.items()
-                       if m in r and k in other and other[k].get(m)]
+                rat = [r[m] / other[k][m] for k, r in rounds.items() if m in r and k in other and other[k].get(m)]
                 st = stats3(rat)
                 if st:
                     e.setdefault("vs", {}).setdefault(base, {})[m] = st
@@ -71,11 +80,15 @@ TITLES = {
 
 def markdown(res):
     m, S = res["meta"], res["summary"]
-    o = [f"# Sidecar pair benchmark, layout `{m['layout']}`", "",
-         f"{m['when']}, {m['cpus']} x {m['cpu']}, Linux {m['kernel']}; topology {m.get('topology', 'loopback')}; "
-         f"{m['rounds']} rounds interleaved, "
-         f"{m['secs']:g} s per sample. Cells are the median (min–max) over rounds; ratios are taken within "
-         "each round, then the median.", ""]
+    o = [
+        f"# Sidecar pair benchmark, layout `{m['layout']}`",
+        "",
+        f"{m['when']}, {m['cpus']} x {m['cpu']}, Linux {m['kernel']}; topology {m.get('topology', 'loopback')}; "
+        f"{m['rounds']} rounds interleaved, "
+        f"{m['secs']:g} s per sample. Cells are the median (min–max) over rounds; ratios are taken within "
+        "each round, then the median.",
+        "",
+    ]
     for t, title in TITLES.items():
         rows = [v for v in m["variants"] if t in S.get(v, {})]
         if not rows:
@@ -87,8 +100,16 @@ def markdown(res):
         elif lat:
             head += ["p50 us", "p99 us", "CPU s per 1e5: pair", "got/s"]
         else:
-            head += [TESTS[t][3], "p50 us" if t != "h2_max" else "mean us", "p99 us",
-                     "CPU s per 1e5: pair", "out", "in", "client", "server"]
+            head += [
+                TESTS[t][3],
+                "p50 us" if t != "h2_max" else "mean us",
+                "p99 us",
+                "CPU s per 1e5: pair",
+                "out",
+                "in",
+                "client",
+                "server",
+            ]
         keys = ("p50_us", "p99_us") if lat else (TESTS[t][2],)
         bases = [b for b in m["bases"] if t in S.get(b, {})]
         for b in bases:
@@ -104,8 +125,12 @@ def markdown(res):
             elif lat:
                 c = [cell(g("p50_us")), cell(g("p99_us")), cell(g("cpu_pair_per_1e5")), cell(g("rps"))]
             else:
-                c = [cell(g("rps")), cell(g("p50_us") if t != "h2_max" else g("mean_us")), cell(g("p99_us")),
-                     cell(g("cpu_pair_per_1e5"))]
+                c = [
+                    cell(g("rps")),
+                    cell(g("p50_us") if t != "h2_max" else g("mean_us")),
+                    cell(g("p99_us")),
+                    cell(g("cpu_pair_per_1e5")),
+                ]
                 c += [fmt(g(f"cpu_{x}_per_1e5", {}).get("median")) for x in ("out", "in", "client", "backend")]
             for b in bases:
                 r = e.get("vs", {}).get(b, {})
@@ -116,36 +141,54 @@ def markdown(res):
             o.append("| " + " | ".join([name] + c) + " |")
         o.append("")
     if res.get("memory"):
-        o += ["## Memory, MiB resident (anonymous part in brackets)", "",
-              "| variant | out idle | in idle | out, 1000 idle conns | in, 1000 idle conns | KiB per conn out / in | "
-              "out under load (peak) | in under load (peak) |", "|---|---|---|---|---|---|---|---|"]
+        o += [
+            "## Memory, MiB resident (anonymous part in brackets)",
+            "",
+            "| variant | out idle | in idle | out, 1000 idle conns | in, 1000 idle conns | KiB per conn out / in | "
+            "out under load (peak) | in under load (peak) |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for v, e in res["memory"].items():
             if not e:
                 continue
             f = lambda x: f"{x['rss'] / 1024:.1f} ({x['anon'] / 1024:.1f})"  # noqa: E731
             per = [(e["with_conns"][g]["anon"] - e["idle"][g]["anon"]) / e["conns"] for g in ("out", "in")]
             last = [s["r"]["mem_kib"] for s in res["samples"] if s["variant"] == v and "mem_kib" in s["r"]]
-            load = [f"{max(x[g]['rss'] for x in last) / 1024:.1f} ({max(x[g]['hwm'] for x in last) / 1024:.1f})"
-                    if last else "-" for g in ("out", "in")]
-            o.append(f"| {v} | {f(e['idle']['out'])} | {f(e['idle']['in'])} | {f(e['with_conns']['out'])} | "
-                     f"{f(e['with_conns']['in'])} | {per[0]:.1f} / {per[1]:.1f} | {load[0]} | {load[1]} |")
+            load = [
+                f"{max(x[g]['rss'] for x in last) / 1024:.1f} ({max(x[g]['hwm'] for x in last) / 1024:.1f})"
+                if last
+                else "-"
+                for g in ("out", "in")
+            ]
+            o.append(
+                f"| {v} | {f(e['idle']['out'])} | {f(e['idle']['in'])} | {f(e['with_conns']['out'])} | "
+                f"{f(e['with_conns']['in'])} | {per[0]:.1f} / {per[1]:.1f} | {load[0]} | {load[1]} |"
+            )
         o.append("")
     if res.get("limits"):
         o += ["## Physical limits, one core", "", "| what | median (min–max) |", "|---|---|"]
         o += [f"| {k} | {cell(x)} |" for k, x in res["limits"].items()]
         o.append("")
     if res.get("verify"):
-        o += ["## Is the middle hop mutual TLS 1.3?", "", "| variant | lane | with certificate | without | plaintext |",
-              "|---|---|---|---|---|"]
+        o += [
+            "## Is the middle hop mutual TLS 1.3?",
+            "",
+            "| variant | lane | with certificate | without | plaintext |",
+            "|---|---|---|---|---|",
+        ]
         for v, e in res["verify"].items():
             for ln, x in e.items():
                 if ln.endswith("_mtls"):
-                    o.append(f"| {v} | {ln[:-5]} | {x['with_cert']} | {x['without_cert']} | "
-                             f"{x['plaintext'].strip() or 'closed'} |")
+                    o.append(
+                        f"| {v} | {ln[:-5]} | {x['with_cert']} | {x['without_cert']} | "
+                        f"{x['plaintext'].strip() or 'closed'} |"
+                    )
         o.append("")
     noisy = [s for s in res["samples"] if (s["r"].get("interference") or 0) > m["noise_limit"]]
-    o += [f"{len(res['samples'])} samples; {len(noisy)} kept with more than {m['noise_limit']:.0%} of the machine used "
-          f"by others; {m.get('retries', 0)} retried for that reason; left out: {m.get('left_out', 'none')}; errors: "
-          f"{[(s['variant'], s['test'], s['r']['error'][:80]) for s in res['samples'] if 'error' in s['r']] or 'none'}.",
-          ""]
+    o += [
+        f"{len(res['samples'])} samples; {len(noisy)} kept with more than {m['noise_limit']:.0%} of the machine used "
+        f"by others; {m.get('retries', 0)} retried for that reason; left out: {m.get('left_out', 'none')}; errors: "
+        f"{[(s['variant'], s['test'], s['r']['error'][:80]) for s in res['samples'] if 'error' in s['r']] or 'none'}.",
+        "",
+    ]
     return "\n".join(o)

@@ -12,6 +12,7 @@
 
 See README.md. Standard library only (mantle's own control plane apart); loopback only; ends only what it started.
 """
+
 import argparse
 import json
 import os
@@ -62,12 +63,29 @@ def cmd_run(o):
         subprocess.run(["cc", "-O2", "-o", f"{ctx.bin}/{c}", f"{HERE}/{c}.c", "-lm"], check=True)
     with open("/proc/cpuinfo") as f:
         cpu = re.search(r"model name\s*: (.*)", f.read())[1]
-    res = {"meta": {"when": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu, "cpus": os.cpu_count(),
-                    "kernel": os.uname().release, "layout": o.layout, "topology": o.topology, "rounds": o.rounds, "secs": o.secs,
-                    "rate": o.rate, "rate_hi": o.rate_hi, "variants": names, "tests": tests, "bases": bases,
-                    "labels": {n: every[n].get("label", "") for n in names}, "noise_limit": o.noise,
-                    "versions": versions(ctx)},
-           "samples": [], "memory": {}, "verify": {}}
+    res = {
+        "meta": {
+            "when": time.strftime("%Y-%m-%d %H:%M"),
+            "cpu": cpu,
+            "cpus": os.cpu_count(),
+            "kernel": os.uname().release,
+            "layout": o.layout,
+            "topology": o.topology,
+            "rounds": o.rounds,
+            "secs": o.secs,
+            "rate": o.rate,
+            "rate_hi": o.rate_hi,
+            "variants": names,
+            "tests": tests,
+            "bases": bases,
+            "labels": {n: every[n].get("label", "") for n in names},
+            "noise_limit": o.noise,
+            "versions": versions(ctx),
+        },
+        "samples": [],
+        "memory": {},
+        "verify": {},
+    }
     t_start = time.monotonic()
 
     def say(*a):
@@ -99,8 +117,13 @@ def cmd_run(o):
                     continue
                 if res["memory"][n]:
                     e = res["memory"][n]
-                    say("memory", n, {g: (e["idle"][g]["rss"], e["with_conns"][g]["rss"]) for g in ("out", "in")},
-                        "ok", e["ok"])
+                    say(
+                        "memory",
+                        n,
+                        {g: (e["idle"][g]["rss"], e["with_conns"][g]["rss"]) for g in ("out", "in")},
+                        "ok",
+                        e["ok"],
+                    )
         for i, n in enumerate(names):
             try:
                 running[n] = Running(ctx, n, every[n], i + 40)
@@ -109,7 +132,7 @@ def cmd_run(o):
                 res["meta"].setdefault("left_out", {})[n] = str(e)
                 continue
             res["verify"][n] = running[n].verify()
-            bad = {k: x for k, x in res["verify"][n].items() if not (x == "ok" or isinstance(x, dict) and x["ok"])}
+            bad = {k: x for k, x in res["verify"][n].items() if not (x == "ok" or (isinstance(x, dict) and x["ok"]))}
             say("started", n, "VERIFY FAILED " + str(bad) if bad else "verified")
         for rnd in range(o.rounds):
             for t in tests:
@@ -125,20 +148,30 @@ def cmd_run(o):
                         o.quiet_wait = 0.3
                     for attempt in range(1 + o.retries):
                         r = sample(v, t, o, backends)
-                        if best is None or (r.get("interference") or 0) < (best.get("interference") or 0) \
-                                or "error" in best:
+                        if (
+                            best is None
+                            or (r.get("interference") or 0) < (best.get("interference") or 0)
+                            or "error" in best
+                        ):
                             best = r
-                        if "error" not in r and (r["interference"] or 0) <= o.noise and r["steal"] <= o.noise \
-                                and r["load_before"] < 0.2:
+                        if (
+                            "error" not in r
+                            and (r["interference"] or 0) <= o.noise
+                            and r["steal"] <= o.noise
+                            and r["load_before"] < 0.2
+                        ):
                             break
                         if time.monotonic() - t_start > o.budget:
                             break
                         retries += attempt < o.retries
                     res["samples"].append({"variant": n, "test": t, "round": rnd, "r": best})
                     k = TESTS[t][2]
-                    say(f"r{rnd} {t:10} {n:18}", best.get("error", "")[:200] or
-                        f"{k} {fmt(best[k])} p99 {fmt(best.get('p99_us'))} cpu {best['cpu']} "
-                        f"idle {best['idle']} noise {best['interference']} err {best['errors']}")
+                    say(
+                        f"r{rnd} {t:10} {n:18}",
+                        best.get("error", "")[:200]
+                        or f"{k} {fmt(best[k])} p99 {fmt(best.get('p99_us'))} cpu {best['cpu']} "
+                        f"idle {best['idle']} noise {best['interference']} err {best['errors']}",
+                    )
             res["meta"]["retries"] = retries
             save()
         res["meta"]["took_s"] = round(time.monotonic() - t_start)
@@ -152,10 +185,16 @@ def cmd_run(o):
 
 def versions(ctx):
     r = {}
-    for k, c in {"envoy": [ctx.tools["envoy"], "--version"], "haproxy": [ctx.tools["haproxy"], "-v"],
-                 "nginx": ["nginx", "-v"], "wrk": ["wrk", "-v"], "h2load": ["h2load", "--version"],
-                 "iperf3": ["iperf3", "-v"], "openssl": ["openssl", "version"],
-                 "python": [ctx.tools["python"], "-VV"]}.items():
+    for k, c in {
+        "envoy": [ctx.tools["envoy"], "--version"],
+        "haproxy": [ctx.tools["haproxy"], "-v"],
+        "nginx": ["nginx", "-v"],
+        "wrk": ["wrk", "-v"],
+        "h2load": ["h2load", "--version"],
+        "iperf3": ["iperf3", "-v"],
+        "openssl": ["openssl", "version"],
+        "python": [ctx.tools["python"], "-VV"],
+    }.items():
         try:
             p = subprocess.run(c, capture_output=True, text=True, timeout=10)
             r[k] = next((x.strip() for x in (p.stdout + p.stderr).splitlines() if x.strip()), "")
@@ -192,8 +231,12 @@ def main():
     r.add_argument("--rate", type=int, default=2000)
     r.add_argument("--rate-hi", type=int, default=6000)
     r.add_argument("--layout", choices=LAYOUTS, default="nodes")
-    r.add_argument("--topology", choices=("loopback", "netns"), default="loopback",
-                   help="netns: in a private network namespace, with redirects for the variants that need them")
+    r.add_argument(
+        "--topology",
+        choices=("loopback", "netns"),
+        default="loopback",
+        help="netns: in a private network namespace, with redirects for the variants that need them",
+    )
     r.add_argument("--base", default=BASES, help="variants to give ratios against")
     r.add_argument("--extra", action="append", help="JSON file with more variants")
     r.add_argument("--noise", type=float, default=0.06, help="retry a sample when others used more of the machine")
