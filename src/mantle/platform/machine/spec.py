@@ -6,6 +6,7 @@ decides nothing about images, users, services or the mesh. Durations are seconds
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class ContainerStatus:
     """`PodInitializing`, `CrashLoopBackOff`, `StartError`, `Completed`, `Error`, … as kubectl shows it."""
     message: str = ""
     pid: int = 0
-    """In the node's PID namespace; 0 unless running."""
+    """Of the container's own init, in the pod's PID namespace; 0 unless running."""
     started: bool = False
     """Running, and its startup probe (if any) has passed."""
     exit_code: int | None = None
@@ -124,3 +125,94 @@ class PodStatus:
     phase: Phase
     containers: tuple[ContainerStatus, ...] = ()
     message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """How one mesh's node is started."""
+
+    mesh: str
+    state_dir: str
+    """The mesh's own directory, mode 0700, already made; `node.sock` and `pods/` appear in it."""
+    pod_cidr: str = "10.203.0.0/17"
+    service_cidr: str = "10.203.128.0/17"
+    router_ip: str = "10.203.128.10"
+    """The pods' gateway, where DNS listens and probes come from."""
+    uplink: bool = True
+    """As root: lead the pods out through the host. Without root it is always off."""
+    cover: tuple[str, ...] = ()
+    """More directories that no pod may see, beside the state directories of all meshes."""
+    backoff: float = 10.0
+    """The first repeated restart waits this many seconds, each later one twice as long, at most 30 times this."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """One port of a service address, for pods outside the mesh: the router sends it to one of the endpoints, evenly."""
+
+    ip: str
+    port: int
+    endpoints: tuple[tuple[str, int], ...]
+    protocol: str = "TCP"
+    """TCP or UDP"""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningPod:
+    """A pod as the node knows it. `alive` turns False when its supervisor has ended; its files stay."""
+
+    uid: str
+    ip: str
+    alive: bool
+
+
+def to_json(value: Any) -> Any:
+    """A spec or status as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    return value
+
+
+def node_config_from_json(data: Mapping[str, Any]) -> NodeConfig:
+    return NodeConfig(**{**data, "cover": tuple(data.get("cover", ()))})
+
+
+def pod_from_json(data: Mapping[str, Any]) -> PodSpec:
+    """The inverse of `to_json` for a PodSpec. Raises KeyError, TypeError or ValueError for anything else."""
+    containers = tuple(_container(item) for item in data["containers"])
+    rest = {key: value for key, value in data.items() if key not in ("containers", "restart", "expose")}
+    return PodSpec(
+        **rest, restart=Restart(data["restart"]), containers=containers, expose=tuple(data.get("expose", ()))
+    )
+
+
+def _container(data: Mapping[str, Any]) -> ContainerSpec:
+    values = dict(data)
+    for key in ("argv", "groups", "capabilities"):
+        values[key] = tuple(values.get(key, ()))
+    values["role"] = Role(values["role"])
+    values["mounts"] = tuple(MountSpec(**item) for item in values.get("mounts", ()))
+    for key in ("startup", "readiness", "liveness"):
+        if values.get(key) is not None:
+            values[key] = _probe(values[key])
+    return ContainerSpec(**values)
+
+
+def _probe(data: Mapping[str, Any]) -> ProbeSpec:
+    values = dict(data)
+    if values.get("http") is not None:
+        scheme, port, path = values["http"]
+        values["http"] = (scheme, port, path)
+    if values.get("exec") is not None:
+        values["exec"] = tuple(values["exec"])
+    values["http_headers"] = tuple((name, value) for name, value in values.get("http_headers", ()))
+    return ProbeSpec(**values)
+
+
+def status_from_json(data: Mapping[str, Any]) -> PodStatus:
+    containers = tuple(ContainerStatus(**item) for item in data.get("containers", ()))
+    return PodStatus(data["uid"], Phase(data["phase"]), containers, data.get("message", ""))
