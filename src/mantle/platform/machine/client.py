@@ -188,7 +188,7 @@ class PodClient:
     async def stop(self, grace: float | None = None) -> None:
         await _call(self._path, {"op": "stop", "grace": grace})
 
-    async def probe(self, container: str, argv: Sequence[str], timeout: float) -> ProbeResult:
+    async def probe(self, container: str, argv: Sequence[str], timeout: float) -> ProbeResult:  # noqa: ASYNC109
         """Runs an exec probe for at most `timeout` seconds."""
         request = {"op": "probe", "container": container, "argv": list(argv), "timeout": timeout}
         answer, _ = await _call(self._path, request)
@@ -239,8 +239,8 @@ def exec_in_pod(
 ) -> int:
     """Runs a command in a container and waits for it. Returns its exit code (128 + signal if one ended it).
 
-    SIGINT, SIGTERM and SIGHUP to this process are passed on to it. With `tty`, `stdio` must be a terminal's slave that is
-    nobody's controlling terminal yet (`terminal.py` brings one).
+    SIGINT, SIGTERM and SIGHUP to this process are passed on to it. With `tty`, `stdio` must be a terminal's slave
+    that is nobody's controlling terminal yet (`terminal.py` brings one).
     """
     with wire.Connection(Path(pod_dir) / "ctl.sock", timeout=None) as connection:
         connection.call(_exec_request(container, argv, env, cwd, tty), stdio)

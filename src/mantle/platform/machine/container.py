@@ -1,7 +1,7 @@
 """Starting a container's process, and joining one for `exec`: a chain of forks, each with one thing to do.
 
- supervisor ─fork─ (unshares mount and PID namespace) ─fork─ init (PID 1 of the container: builds the mount view, forwards
- signals, reaps, ends with the program's exit code) ─fork─ the program (gives up its rights, executes)
+ supervisor ─fork─ (unshares mount and PID namespace) ─fork─ init (PID 1 of the container: builds the mount view,
+ forwards signals, reaps, ends with the program's exit code) ─fork─ the program (gives up its rights, executes)
 
 Init keeps its rights, so the program can neither trace nor kill it. Nothing here decides; a failure is told to the
 supervisor on the channel as {"error": text}.
@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from mantle.platform.machine import namespaces as ns
 from mantle.platform.machine.mounts import View
+from mantle.platform.machine.privileges import drop_privileges
 from mantle.platform.machine.spec import ContainerSpec, PodSpec
 
 START_FAILED = 128
@@ -33,7 +34,7 @@ _APP_ID = 1000
 """Without root, uid and gid of applications in their own user namespace."""
 _FILES = ("resolv.conf", "hosts", "hostname", "nsswitch.conf")
 _HIDDEN = ("/run/mantle", "/run/user", "/run/nscd", "/var/run/nscd", "/run/systemd/resolve")
-"""State of every mesh; sockets of users' sessions; and the host's name caches, which do not know the cluster's names."""
+"""State of every mesh, sockets of users' sessions, and the host's name caches (they do not know the cluster)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ def build_view(place: Place, spec: ContainerSpec) -> int:
     volumes = [(m, view.open(m.source)) for m in spec.mounts]
     files = [(name, view.open(str(path))) for name in _FILES if (path := place.directory / "etc" / name).exists()]
     program = _open_program(spec.argv[0])
-    wanted = [*place.pod.expose, *_below_tmp(spec.cwd, os.path.dirname(spec.argv[0]))]
+    wanted = [*place.pod.expose, *_below_tmp(spec.cwd, str(Path(spec.argv[0]).parent))]
     exposed = [(path, view.open(path)) for path in sorted(set(wanted))]
     view.scratch("/tmp")
     view.scratch("/dev/shm")
@@ -162,11 +163,12 @@ def build_view(place: Place, spec: ContainerSpec) -> int:
 
 def _below_tmp(*directories: str) -> list[str]:
     """/tmp is a container's own: a program that lives in the host's is brought back."""
-    return [d for d in directories if d.startswith("/tmp/") and os.path.isdir(d)]
+    return [d for d in directories if d.startswith("/tmp/") and Path(d).is_dir()]
 
 
 def _open_program(path: str) -> int:
-    """Opened while we may still enter every directory. A script's descriptor must outlive `exec`: its interpreter reads it."""
+    """Opened while we may still enter every directory. A script's descriptor must outlive `exec`: its interpreter
+    reads it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except PermissionError:  # may be executed but not read: then it is no script
@@ -204,7 +206,7 @@ def _settle(place: Place, spec: ContainerSpec) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
-    ns.drop_privileges(spec.uid, spec.gid, spec.groups, spec.capabilities, change_ids=not place.rootless)
+    drop_privileges(spec.uid, spec.gid, spec.groups, spec.capabilities, change_ids=not place.rootless)
 
 
 def attend(main: int, forward: Callable[[int], None]) -> NoReturn:
@@ -245,7 +247,8 @@ class Command:
 
 
 def execute(place: Place, spec: ContainerSpec, app: int, command: Command, stdio: Sequence[int]) -> int:
-    """Forks a process that joins the container of pidfd `app` and executes `command` there. Returns the pid to wait for.
+    """Forks a process that joins the container of pidfd `app` and executes `command` there. Returns the pid to wait
+    for.
 
     It ends with the command's exit code; SIGUSR1 to it kills the command's process group, other signals are passed on.
     """

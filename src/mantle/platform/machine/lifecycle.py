@@ -1,4 +1,4 @@
-"""What should happen next in a pod: pure decisions of the supervisor. Events and `now` in, actions out; no I/O, no clock.
+"""What should happen next in a pod: the supervisor's decisions. Events and `now` in, actions out; no I/O, no clock.
 
 Start order: init containers one after the other, sidecars among them (each waited for until it has started), then the
 applications together. Restarts by policy with back-off; a pod whose applications have all ended for good is finished:

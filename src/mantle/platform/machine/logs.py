@@ -61,7 +61,7 @@ class Log:
         try:
             if self._size and self._size + len(data) > self._most:
                 self.close()
-                os.replace(self._path, f"{self._path}.1")
+                self._path.replace(f"{self._path}.1")
                 self._open()
             self._size += os.write(self._fd, data)
         except OSError:

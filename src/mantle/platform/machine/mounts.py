@@ -1,8 +1,11 @@
-"""What a container sees of the file system: the host's, with the pod's own files bound over it and the mesh's state hidden.
+"""What a container sees of the file system: the host's, with the pod's files bound over it and the mesh hidden.
 
-Runs as the container's init, alone in its new mount namespace, before privileges are dropped. Nothing is ever created on
-the host's file systems: a missing path appears on a tmpfs that stands in for its nearest ancestor (`View.ensure`).
-"""
+Runs as the container's init, alone in its new mount namespace, before privileges are dropped. Nothing is ever
+created on the host's file systems: a missing path appears on a tmpfs that stands in for its nearest ancestor
+(`View.ensure`)."""
+
+# Paths here are arguments of system calls, and many of them descriptors under /proc.
+# ruff: noqa: PTH102, PTH103, PTH106, PTH108, PTH112, PTH114, PTH115, PTH116, PTH120, PTH208, PTH211
 
 from __future__ import annotations
 

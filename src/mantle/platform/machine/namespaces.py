@@ -1,4 +1,4 @@
-"""The kernel calls that Python 3.11 lacks (unshare, setns, mount, prctl, capset), and what this host allows of them.
+"""The kernel calls that Python 3.11 lacks (unshare, setns, mount, prctl), and what this host allows of them.
 
 Everything here acts on the calling thread or process and must run before any thread starts: entering a user or mount
 namespace from a threaded process is EINVAL. `probe` tries each step in a forked child, for `mantle check`.
@@ -12,11 +12,9 @@ import errno
 import os
 import platform
 import signal
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from mantle.platform.machine import nft
 from mantle.platform.machine.netlink import Route
@@ -27,21 +25,13 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = 1024, 2048, 4096, 16384, 1 << 18, 1 << 21
 UMOUNT_DETACH = 2
 
-_PR_SET_PDEATHSIG, _PR_SET_KEEPCAPS, _PR_SET_NAME, _PR_CAPBSET_DROP = 1, 8, 15, 24
-_PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 38, 47
-_CAPABILITY_VERSION_3: Final = 0x20080522
-
-CAPABILITIES: Final = {
-    name: number
-    for number, name in enumerate(
-        ["CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE"]
-    )
-}
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _call(name: str, *args: object) -> int:
+def call(name: str, *args: object) -> int:
+    """A function of the C library. Raises OSError with its errno and name."""
     result = int(getattr(_libc, name)(*args))
     if result < 0:
         code = ctypes.get_errno()
@@ -50,12 +40,12 @@ def _call(name: str, *args: object) -> int:
 
 
 def unshare(flags: int) -> None:
-    _call("unshare", flags)
+    call("unshare", flags)
 
 
 def setns(fd: int, flags: int) -> None:
     """Enters the namespaces `flags` of a pidfd, or the one of a /proc/…/ns descriptor."""
-    _call("setns", fd, flags)
+    call("setns", fd, flags)
 
 
 def mount(
@@ -65,7 +55,7 @@ def mount(
         return None if value is None else os.fsencode(value)
 
     try:
-        _call("mount", text(source or "none"), text(target), text(kind), ctypes.c_ulong(flags), text(data))
+        call("mount", text(source or "none"), text(target), text(kind), ctypes.c_ulong(flags), text(data))
     except OSError as error:
         raise OSError(
             error.errno, f"mounting {source or kind or ''} on {target}: {os.strerror(error.errno or 0)}"
@@ -74,31 +64,31 @@ def mount(
 
 def unmount(target: str | Path) -> None:
     """Takes the topmost mount off, at once, even if something still looks at it."""
-    _call("umount2", os.fsencode(target), UMOUNT_DETACH)
+    call("umount2", os.fsencode(target), UMOUNT_DETACH)
 
 
 def pivot_root(new_root: str) -> None:
     """Makes `new_root` (a mount) the root of this mount namespace and lets go of the old one."""
     os.chdir(new_root)
     numbers = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
-    _call("syscall", ctypes.c_long(numbers[platform.machine()]), b".", b".")
+    call("syscall", ctypes.c_long(numbers[platform.machine()]), b".", b".")
     unmount(".")
     os.chdir("/")
 
 
 def die_with_parent() -> None:
     """SIGKILL for this process when the thread that forked it ends. Set it after entering a user namespace."""
-    _call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def name_process(name: str) -> None:
     """What `ps` shows as the command (15 bytes)."""
-    _call("prctl", _PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+    call("prctl", _PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
 def sethostname(name: str) -> None:
     data = name.encode()
-    _call("sethostname", data, len(data))
+    call("sethostname", data, len(data))
 
 
 def close_other_fds(keep: Iterable[int]) -> None:
@@ -107,7 +97,7 @@ def close_other_fds(keep: Iterable[int]) -> None:
     for fd in sorted({fd for fd in keep if fd > 2}):
         os.closerange(low, fd)
         low = fd + 1
-    _call("close_range", ctypes.c_uint(low), ctypes.c_uint(0xFFFFFFFF), 0)
+    call("close_range", ctypes.c_uint(low), ctypes.c_uint(0xFFFFFFFF), 0)
 
 
 def enter_user_namespace(uid: int = 0, gid: int = 0) -> None:
@@ -120,36 +110,6 @@ def enter_user_namespace(uid: int = 0, gid: int = 0) -> None:
         ("gid_map", f"{gid} {outside_gid} 1"),
     ):
         Path("/proc/self", file).write_text(text)
-
-
-def drop_privileges(
-    uid: int, gid: int, groups: Iterable[int], capabilities: Iterable[str], *, change_ids: bool
-) -> None:
-    """Becomes `uid`, with exactly `capabilities`, for good: nothing it executes can ever have more.
-
-    Without `change_ids` (a user namespace with one id) the ids stay. Raises KeyError for an unknown capability's name.
-    """
-    kept = {CAPABILITIES[name.removeprefix("CAP_")] for name in capabilities}
-    for number in range(64):
-        if number not in kept:
-            try:
-                _call("prctl", _PR_CAPBSET_DROP, number, 0, 0, 0)
-            except OSError as error:
-                if error.errno == errno.EINVAL:  # past the last capability of this kernel
-                    break
-                raise
-    if change_ids:
-        _call("prctl", _PR_SET_KEEPCAPS, 1, 0, 0, 0)
-        os.setgroups(list(groups))
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-    bits = sum(1 << number for number in kept)
-    low, high = bits & 0xFFFFFFFF, bits >> 32
-    header = struct.pack("II", _CAPABILITY_VERSION_3, 0)
-    _call("capset", header, struct.pack("6I", low, low, low, high, high, high))
-    for number in kept:
-        _call("prctl", _PR_CAP_AMBIENT, 2, number, 0, 0)  # PR_CAP_AMBIENT_RAISE
-    _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 class Blocked(enum.StrEnum):
@@ -268,7 +228,7 @@ def _explain(step: str, code: int, *, rootless: bool) -> Finding:
         return Finding(
             Blocked.NO_NF_TABLES,
             f"the kernel refuses the nf_tables rules that a mesh needs ({said})",
-            "`modprobe -a nf_tables nft_chain_nat nft_redir nft_nat nft_numgen` as root, or a kernel with CONFIG_NF_TABLES_INET",
+            "`modprobe -a nf_tables nft_chain_nat nft_redir nft_nat nft_numgen` as root, or another kernel",
         )
     if step == "proc":
         return Finding(
@@ -282,7 +242,7 @@ def _explain(step: str, code: int, *, rootless: bool) -> Finding:
             return Finding(
                 Blocked.NO_SYS_ADMIN,
                 f"root may not make namespaces here ({step}: {said})",
-                "run the container with --cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt seccomp=unconfined, or on the host",
+                "run the container with --cap-add SYS_ADMIN --cap-add NET_ADMIN --security-opt seccomp=unconfined",
             )
         return Finding(Blocked.NAMESPACE_REFUSED, f"{step}: {said}", "see `dmesg` for what refused it")
     if _sysctl("kernel/apparmor_restrict_unprivileged_userns") == "1":

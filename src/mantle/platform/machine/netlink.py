@@ -1,7 +1,7 @@
 """Talking to the kernel's rtnetlink: links, addresses and routes, with the standard library only.
 
-A socket belongs for ever to the network namespace its thread was in when it was made: open it there and keep it, and later
-changes need no `setns`. `nft.py` builds nf_tables transactions on the same socket class. Numbers are those of
+A socket belongs for ever to the network namespace its thread was in when it was made: open it there and keep it, and
+later changes need no `setns`. `nft.py` builds nf_tables transactions on the same socket class. Numbers are those of
 linux/netlink.h and linux/rtnetlink.h; rtnetlink speaks host byte order, nf_tables big-endian.
 """
 
@@ -143,7 +143,8 @@ class Route(Netlink):
         self._do(kind, flags, header + b"".join(attrs))
 
     def veth(self, name: str, peer: str, peer_namespace: int, mtu: int = 0) -> int:
-        """Makes a veth pair, `name` here and up, `peer` born inside the namespace of the descriptor. Returns our index."""
+        """Makes a veth pair, `name` here and up, `peer` born inside the namespace of the descriptor. Returns our
+        index."""
         size = [attr(_IFLA_MTU, u32(mtu))] if mtu else []
         other = struct.pack("BxHiII", 0, 0, 0, 0, 0) + b"".join(
             [attr(_IFLA_IFNAME, peer), attr(_IFLA_NET_NS_FD, u32(peer_namespace)), *size]

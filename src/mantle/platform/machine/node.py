@@ -1,8 +1,9 @@
 """The node of one mesh: `python -m mantle.platform.machine.node`, a NodeConfig as JSON on stdin.
 
-Two processes. The *guard* stays in the host's network namespace with nothing but the uplink, waits for the node and takes
-the uplink back. The *node* is PID 1 of the mesh's PID namespace, in the router's network namespace: it forks the pods and
-answers on `node.sock`. When either dies the kernel ends everything. Without root both are in a user namespace first.
+Two processes. The *guard* stays in the host's network namespace with nothing but the uplink, waits for the node and
+takes the uplink back. The *node* is PID 1 of the mesh's PID namespace, in the router's network namespace: it forks
+the pods and answers on `node.sock`. When either dies the kernel ends everything. Without root both are in a user
+namespace first.
 
 `node.sock` (frames of `wire.py`):
   {"op": "start_pod", "pod": PodSpec}                    → {"ok": true}; `pods/UID/ctl.sock` answers from then on
@@ -247,7 +248,8 @@ def _node(config: NodeConfig, guard: socket.socket, *, rootless: bool) -> NoRetu
 
 
 def _guard(config: NodeConfig, said: TextIO) -> None:
-    """Forks the node, gives it its uplink, tells our starter, and stays until the node has ended. Raises before that."""
+    """Forks the node, gives it its uplink, tells our starter, and stays until the node has ended. Raises before
+    that."""
     rootless = os.geteuid() != 0
     ns.name_process("mantle-guard")
     refuse_overlap(config)

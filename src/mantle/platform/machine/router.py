@@ -1,12 +1,13 @@
 """The mesh's router: a network namespace in which every pod hangs on a veth of its own, and nothing is bridged.
 
-It has the address that is the pods' gateway, where the daemon's DNS listens and from where probes come; it refuses source
-addresses that are not the pod's own; and it sends connections to service addresses to their endpoints, which only pods
-outside the mesh need (a proxy picks endpoints itself). Service addresses without endpoints are unreachable at once.
-"""
+It has the address that is the pods' gateway, where the daemon's DNS listens and from where probes come; it refuses
+source addresses that are not the pod's own; and it sends connections to service addresses to their endpoints, which
+only pods outside the mesh need (a proxy picks endpoints itself). Service addresses without endpoints are unreachable
+at once."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 import struct
@@ -109,10 +110,8 @@ class Router:
         self._rules.elements("pods", _pod_element(ip), remove=True)
         self._rules.elements("hairpins", [(socket.inet_aton(ip) * 2, None)], remove=True)
         self._rules.commit()
-        try:
+        with contextlib.suppress(NetlinkError):  # the kernel took it away with the pod's namespace
             self._route.delete_link(index)
-        except NetlinkError:
-            pass  # the kernel took it away with the pod's namespace
 
     def uplink(self, ours: str, theirs: str, prefix: int) -> None:
         """The way out: `UPLINK` has been born here; it gets our address, and the default route leads to the host's."""

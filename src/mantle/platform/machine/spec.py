@@ -29,7 +29,8 @@ class Restart(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProbeSpec:
-    """One probe. Exactly one of `http`, `tcp`, `exec` is set. The daemon sends http and tcp from the router; the supervisor runs exec."""
+    """One probe. Exactly one of `http`, `tcp`, `exec` is set. The daemon sends http and tcp from the router; the
+    supervisor runs exec."""
 
     http: tuple[str, int, str] | None = None
     """(scheme, port, path)"""
@@ -45,7 +46,8 @@ class ProbeSpec:
 
 @dataclass(frozen=True, slots=True)
 class MountSpec:
-    """A directory or file of the host (already made by the daemon, in the pod's state directory for volumes), bound into one container."""
+    """A directory or file of the host (already made by the daemon, in the pod's state directory for volumes), bound
+    into one container."""
 
     source: str
     target: str
@@ -65,9 +67,11 @@ class ContainerSpec:
     gid: int = 65534
     groups: tuple[int, ...] = ()
     capabilities: tuple[str, ...] = ()
-    """Kept in the bounding, permitted and ambient sets: only Mantle's own containers get any (NET_ADMIN for the redirect)."""
+    """Kept in the bounding, permitted and ambient sets: only Mantle's own containers get any (NET_ADMIN for the
+    redirect)."""
     own_user_namespace: bool = True
-    """Rootless: put the process in a nested user namespace, out of reach of the proxy. False for Mantle's own containers."""
+    """Rootless: put the process in a nested user namespace, out of reach of the proxy. False for Mantle's own
+    containers."""
     mounts: tuple[MountSpec, ...] = ()
     startup: ProbeSpec | None = None
     readiness: ProbeSpec | None = None
@@ -89,7 +93,8 @@ class PodSpec:
     grace: float = 30.0
     """terminationGracePeriodSeconds"""
     expose: tuple[str, ...] = ()
-    """Host directories that must be reachable for this pod's users though an ancestor is private (a checkout in a home directory)."""
+    """Host directories that must be reachable for this pod's users though an ancestor is private (a checkout in a
+    home directory)."""
     spec_hash: str = ""
     """Of the manifest it was planned from: a pod whose hash changed is replaced."""
     meta: Mapping[str, Any] = field(default_factory=dict)

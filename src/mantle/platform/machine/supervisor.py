@@ -1,7 +1,7 @@
 """PID 1 of a pod: starts its containers, writes their logs, restarts them, and answers on `ctl.sock`.
 
-It carries out what `lifecycle.py` decides and knows nothing about images, services or the mesh. It is forked by the node,
-keeps its rights (applications have none) and needs nobody afterwards: the daemon may come and go.
+It carries out what `lifecycle.py` decides and knows nothing about images, services or the mesh. It is forked by the
+node, keeps its rights (applications have none) and needs nobody afterwards: the daemon may come and go.
 
 `ctl.sock` (frames of `wire.py`, one conversation a connection):
   {"op": "watch"}                                      → {"status": PodStatus} now and at every change

@@ -1,9 +1,9 @@
 """Root only: the one link from a mesh's router to the host, and everything it changes on the host.
 
 That is one veth pair, one nf_tables table that belongs to this process's socket (the kernel removes it when the process
-ends, however it ends), and `net.ipv4.ip_forward`, which is put back when the last mesh has gone. The host's own rules and
-routes stay as they are. Several meshes may use the same addresses inside: each leaves behind its own link's address.
-"""
+ends, however it ends), and `net.ipv4.ip_forward`, which is put back when the last mesh has gone. The host's own
+rules and routes stay as they are. Several meshes may use the same addresses inside: each leaves behind its own
+link's address."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def check(message: Message) -> Message:
 
 
 class Decoder:
-    """Bytes and descriptors in, frames out. The kernel ends a read after the data that descriptors came with, so those of
-    one read belong to the last frame it touched."""
+    """Bytes and descriptors in, frames out. The kernel ends a read after the data that descriptors came with, so
+    those of one read belong to the last frame it touched."""
 
     def __init__(self) -> None:
         self._data = bytearray()
