@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc.aio
-import pytest
 from prometheus_client import CollectorRegistry
 
 from mantle.control import answers, destination, policy
@@ -27,7 +26,7 @@ MESH = Mesh(MeshNames("mantle", "cluster.local"))
 IDENTITY = "{}.{}.serviceaccount.identity.mantle.cluster.local"
 
 
-def make_pod(name: str, ip: str, *, meshed: bool = True, **changes: Any) -> Pod:
+def pod(name: str, ip: str, *, meshed: bool = True, **changes: Any) -> Pod:
     """A ready pod of namespace `emojivoto` with the labels app=NAME's first word; meshed unless said otherwise."""
     app = name.split("-")[0]
     labels = {"app": app} | ({"mantle.dev/control-plane-ns": "mantle"} if meshed else {})
@@ -45,7 +44,7 @@ def make_pod(name: str, ip: str, *, meshed: bool = True, **changes: Any) -> Pod:
     return Pod(**(values | changes))
 
 
-def make_service(name: str, ip: str, *ports: ServicePort, **changes: Any) -> Service:
+def service(name: str, ip: str, *ports: ServicePort, **changes: Any) -> Service:
     """A service of namespace `emojivoto` for the pods with app=NAME's first word: port 80 to `http` unless said
     otherwise.
     """
@@ -58,7 +57,7 @@ def make_service(name: str, ip: str, *ports: ServicePort, **changes: Any) -> Ser
     return Service(**(values | changes))
 
 
-def make_snapshot(version: int, *objects: Pod | Service | Namespace) -> Snapshot:
+def snapshot(version: int, *objects: Pod | Service | Namespace) -> Snapshot:
     namespaces = {o.name: o for o in objects if isinstance(o, Namespace)}
     return Snapshot(
         version,
@@ -182,13 +181,13 @@ class Discovery:
 
 
 @asynccontextmanager
-async def run_discovery(
+async def discovery(
     *objects: Pod | Service | Namespace, own_pod: Key | None = None, allow_anonymous: bool = False, mesh: Mesh = MESH
 ) -> AsyncIterator[Discovery]:
     """A running server whose platform has said `objects` (nothing at all if there are none)."""
     platform = FakePlatform()
     if objects:
-        await platform.say(make_snapshot(1, *objects))
+        await platform.say(snapshot(1, *objects))
     registry, topics = CollectorRegistry(), Topics(World.empty(mesh))
     shared = answers.Answers(topics, answers.Metrics(registry, topics), own_pod, allow_anonymous)
     handlers = [destination.handler(shared), policy.outbound_handler(shared), policy.inbound_handler(shared)]
@@ -197,28 +196,3 @@ async def run_discovery(
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield Discovery(platform, topics, registry, channel)
         follower.cancel()
-
-
-@pytest.fixture
-def pod() -> Callable[..., Pod]:
-    return make_pod
-
-
-@pytest.fixture
-def service() -> Callable[..., Service]:
-    return make_service
-
-
-@pytest.fixture
-def snapshot() -> Callable[..., Snapshot]:
-    return make_snapshot
-
-
-@pytest.fixture
-def discovery() -> Callable[..., Any]:
-    return run_discovery
-
-
-@pytest.fixture
-def fake_platform() -> type[FakePlatform]:
-    return FakePlatform
