@@ -29,3 +29,4 @@ built=$CARGO_TARGET_DIR/$profile/mantle-proxy
 [ -e "$built" ] || say "building mantle-proxy ($profile): the first build takes some minutes on two cores"
 cargo build --manifest-path proxy/Cargo.toml --package mantle-proxy --locked --profile "$profile"
 $venv/bin/python scripts/proxy_dist.py "$built"
+echo "$profile" > $venv/.mantle-profile

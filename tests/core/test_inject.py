@@ -108,11 +108,8 @@ def test_the_redirect_has_one_capability_and_the_proxy_none():
     injected = meshed()
     init, proxy = container(injected, "mantle-init"), container(injected, "mantle-proxy")
     assert init["image"] == proxy["image"] == "mantle/proxy:1.2.3"
-    assert (
-        init["args"]
-        == (
-            "redirect install --inbound-port 4143 --outbound-port 4140 --proxy-uid 2102 --skip-inbound-ports 4190,4191"
-        ).split()
+    assert " ".join(init["args"]) == (
+        "redirect install --inbound-port 4143 --outbound-port 4140 --proxy-uid 2102 --skip-inbound-ports 4190,4191"
     )
     assert init["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN"]}
     context = proxy["securityContext"]
