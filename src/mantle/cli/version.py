@@ -39,13 +39,9 @@ def text_of(versions: dict[str, Any]) -> str:
 
 def proxy_version() -> str | None:
     """What `mantle-proxy --version` says, None if there is no such program."""
-    import shutil
     import subprocess
-    import sys
-    from pathlib import Path
 
-    beside = Path(sys.executable).with_name("mantle-proxy")
-    program = str(beside) if beside.exists() else shutil.which("mantle-proxy")
+    program = proxy_program()
     if program is None:
         return None
     try:
@@ -54,6 +50,16 @@ def proxy_version() -> str | None:
         return None
     words = run.stdout.split()
     return words[-1] if run.returncode == 0 and words else None
+
+
+def proxy_program() -> str | None:
+    """Where `mantle-proxy` is: beside this Python, else on PATH, else nowhere."""
+    import shutil
+    import sys
+    from pathlib import Path
+
+    beside = Path(sys.executable).with_name("mantle-proxy")
+    return str(beside) if beside.exists() else shutil.which("mantle-proxy")
 
 
 def mesh_version(flags: Globals) -> dict[str, str] | None:

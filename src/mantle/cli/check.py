@@ -1,0 +1,164 @@
+"""`mantle check`: is this machine able, is the mesh healthy, does everything encrypt that should?
+
+Gathers facts, lets `checks.py` conclude, prints. Without a running mesh only the machine is checked. Exit code 1 if
+anything is broken; warnings alone leave it at 0.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mantle
+from mantle.cli import checks
+from mantle.cli.checks import Finding, Result, Validity
+from mantle.cli.main import Globals, mesh_command
+from mantle.cli.output import Failure, escape, json_text, write
+
+MARKS = {Result.GOOD: "√", Result.WARNING: "‼", Result.ERROR: "×"}
+
+Category = tuple[str, Sequence[Finding]]
+
+
+@mesh_command()
+def command(flags: Globals) -> int:
+    """Find what is wrong with this machine, the mesh or its traffic."""
+    output = flags.output_of("table", "short", "json")
+    found: list[Category] = [("machine", _machine())]
+    mesh = _mesh(flags)
+    found += mesh
+    write(json_text(object_of(found)) if output == "json" else text(found, short=output == "short", mesh=bool(mesh)))
+    return 0 if succeeded(found) else 1
+
+
+def succeeded(found: Sequence[Category]) -> bool:
+    return all(finding.result is not Result.ERROR for _, findings in found for finding in findings)
+
+
+def text(found: Sequence[Category], *, short: bool, mesh: bool) -> str:
+    """The page for people; `short` leaves out what is good."""
+    blocks = []
+    for name, findings in found:
+        lines = [_line(finding) for finding in findings if not short or finding.result is not Result.GOOD]
+        if lines:
+            blocks.append("\n".join([name, "-" * len(name), *lines]))
+    if not mesh and not short:
+        blocks.append("No mesh is running: start one with `mantle demo` or `mantle up FILE` to check it.")
+    blocks.append(f"Status check results are {MARKS[Result.GOOD if succeeded(found) else Result.ERROR]}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _line(finding: Finding) -> str:
+    lines = [f"{MARKS[finding.result]} {finding.description}"]
+    lines += [f"    {reason}" for reason in finding.reason.split("; ") if reason]
+    lines += [f"    fix: {finding.fix}"] if finding.result is not Result.GOOD and finding.fix else []
+    return "\n".join(map(escape, lines))
+
+
+def object_of(found: Sequence[Category]) -> dict[str, Any]:
+    """The JSON shape of `linkerd check`; `hint` holds the fix itself."""
+    return {
+        "success": succeeded(found),
+        "categories": [
+            {
+                "categoryName": name,
+                "checks": [
+                    {
+                        "description": finding.description,
+                        "result": str(finding.result),
+                        **({"error": finding.reason, "hint": finding.fix} if finding.reason else {}),
+                    }
+                    for finding in findings
+                ],
+            }
+            for name, findings in found
+        ],
+    }
+
+
+def _machine() -> list[Finding]:
+    from mantle.cli.version import proxy_program
+    from mantle.platform.machine import namespaces
+
+    return checks.machine(
+        [(f.message, f.fix, f.fatal) for f in namespaces.probe()],
+        proxy=proxy_program(),
+        rootless=os.geteuid() != 0,
+        outside=any(shutil.which(program) for program in ("pasta", "slirp4netns")),
+    )
+
+
+def _mesh(flags: Globals) -> list[Category]:
+    """The mesh's two categories; none if no mesh runs. Raises `Failure` if a named one does not, or several do."""
+    from mantle.cli.machine_client import MachineClient, running_meshes, state_root
+
+    if flags.mesh is None and not running_meshes(state_root()):
+        return []
+    client = MachineClient(flags.mesh)
+    status = client.get("/v1/status")
+    directory, now = client.socket_path.parent, datetime.now(UTC)
+    roots, issuer, signed = _authorities(directory)
+    summary: Mapping[str, Any] | None = None
+    with suppress(Failure):
+        summary = client.get("/v1/viz/summary")
+    healthy = checks.mesh(
+        status,
+        client_version=mantle.__version__,
+        node_alive=Path(f"/proc/{status['node_pid']}").exists(),
+        roots=roots,
+        issuer=issuer,
+        issuer_signed=signed,
+        now=now,
+    )
+    encrypting = checks.data_plane(status, certificates=_certificates(directory, status), summary=summary, now=now)
+    return [("mesh", healthy), ("data plane", encrypting)]
+
+
+def _certificates(directory: Path, status: Mapping[str, Any]) -> dict[str, Validity | str]:
+    """What every proxy shows now."""
+    from mantle.cli.live_certificate import fetch
+
+    found: dict[str, Validity | str] = {}
+    for pod in status["pods"]:
+        if pod["meshed"] and pod["phase"] not in ("Succeeded", "Failed"):
+            name = f"{pod['namespace']}/{pod['name']}"
+            try:
+                live = fetch(directory, pod["uid"], name)
+                found[name] = Validity(name, live.not_before, live.not_after)
+            except Failure as error:
+                found[name] = error.message
+    return found
+
+
+def _authorities(directory: Path) -> tuple[list[Validity], Validity | None, bool]:
+    """Trust roots, issuer, and whether a root signed the issuer."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+
+    def load(path: Path) -> list[x509.Certificate]:
+        try:
+            return x509.load_pem_x509_certificates(path.read_bytes())
+        except (OSError, ValueError):
+            return []
+
+    def validity(what: str, certificate: x509.Certificate) -> Validity:
+        name = f"{what} {certificate.subject.rfc4514_string()}"
+        return Validity(name, certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+
+    roots, issuers = load(directory / "trust-roots.pem"), load(directory / "issuer" / "crt.pem")
+    signed = False
+    for root in roots:
+        with suppress(ValueError, TypeError, InvalidSignature):
+            for issuer in issuers[:1]:
+                issuer.verify_directly_issued_by(root)
+                signed = True
+    return (
+        [validity("trust root", root) for root in roots],
+        validity("issuer", issuers[0]) if issuers else None,
+        signed,
+    )
