@@ -121,8 +121,11 @@ def _unknown_command(word: str) -> str:
     return f"there is no command {word!r}; {hint}"
 
 
-def _global_options() -> list[click.Option]:
-    """Fresh option objects for one command. Values go to `Globals` only when given, so either place works."""
+def _global_options(*, top: bool = False) -> list[click.Option]:
+    """Fresh option objects for one command. Values go to `Globals` only when given, so either place works.
+
+    The environment is read at the `top` only: behind the command it would win over a flag before it.
+    """
 
     def store(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
         def callback(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -137,7 +140,13 @@ def _global_options() -> list[click.Option]:
 
     return [
         option("namespace", "-n", "--namespace", metavar="NAME", help="Namespace of the objects (default: default)."),
-        option("mesh", "--mesh", metavar="NAME", envvar="MANTLE_MESH", help="Which mesh (default: the only one)."),
+        option(
+            "mesh",
+            "--mesh",
+            metavar="NAME",
+            envvar="MANTLE_MESH" if top else None,
+            help="Which mesh (default: the only one).",
+        ),
         option("output", "-o", "--output", type=click.Choice(OUTPUTS), help="Output format, where there are several."),
         option("verbose", "-v", "--verbose", is_flag=True, help="Say more, with a traceback if there is a bug."),
     ]
@@ -161,7 +170,7 @@ def _format_options(command: click.Command, ctx: click.Context, formatter: click
 
 @click.group(
     cls=MeshGroup,
-    params=[*_global_options()],
+    params=[*_global_options(top=True)],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 def cli() -> None:
