@@ -93,7 +93,8 @@ def test_help_names_every_command_and_imports_none() -> None:
 
 @pytest.mark.parametrize("words", [["version", "--client"], ["--help"], ["tap", "--help"], ["completion", "bash"]])
 def test_nothing_heavy_is_imported_to_start(words: list[str]) -> None:
-    program = f"import sys; sys.argv[1:] = {words!r}\nfrom mantle.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    program = f"import sys; sys.argv[1:] = {words!r}\nfrom mantle.cli.main import main\n"
+    program += "try: main()\nexcept SystemExit: pass\n"
     program += "print('|'.join(sys.modules), file=sys.stderr)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
     loaded = {name.partition(".")[0] for name in ended.stderr.split("|")}

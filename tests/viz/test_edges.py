@@ -1,4 +1,4 @@
-"""Edges: what two witnesses saw, joined; every unencrypted edge is there, and nothing is called secured without proof."""
+"""Edges: what two witnesses saw, joined; every unencrypted edge shows, and nothing is called secured without proof."""
 
 from __future__ import annotations
 

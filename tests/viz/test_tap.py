@@ -195,6 +195,7 @@ class FakeProxies:
         self.behave = behave
         self.asked: list[tuple[str, int]] = []
         self.open: set[str] = set()
+        self.changed = asyncio.Event()
 
     async def observe(self, pod: Pod, request: tap_pb2.ObserveRequest) -> AsyncIterator[tap_pb2.TapEvent]:
         self.asked.append((pod.key.name, request.limit))
@@ -208,6 +209,7 @@ class FakeProxies:
             await asyncio.Event().wait()
         finally:
             self.open.discard(pod.key.name)
+            self.changed.set()
 
 
 def watch(proxies: FakeProxies, play: Callable[[World, asyncio.Queue[dict[str, Any]]], Any]) -> None:
@@ -237,8 +239,8 @@ def test_a_watch_follows_pods_that_come_and_go() -> None:
         await seen.get()
         assert proxies.asked[1:] == [("web-2", 50)]
         await world.set(world_of(WEB2))
-        while proxies.open != {"web-2"}:
-            await asyncio.sleep(0)
+        await proxies.changed.wait()
+        assert proxies.open == {"web-2"}
 
     watch(proxies, play)
 

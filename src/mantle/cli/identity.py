@@ -52,8 +52,9 @@ def choose(pods: Sequence[Mapping[str, Any]], target: Resource, namespace: str) 
     if found:
         return sorted(found, key=lambda pod: str(pod["name"]))
     elsewhere = sorted({pod["namespace"] for pod in pods if _is_meant(pod, target)} - {where})
+    what = " ".join(word for word in (target.kind, target.name) if word)
     raise Failure(
-        f"there is no {target.kind} {target.name or ''} with a pod in namespace {where}".replace("  ", " "),
+        f"there is no {what} in namespace {where}" + ("" if target.kind == "pod" else " that has a pod"),
         fix=f"it is in {', '.join(elsewhere)}: use -n" if elsewhere else "`mantle ps -A` shows the pods there are",
     )
 

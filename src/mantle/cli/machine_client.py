@@ -10,6 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -71,45 +72,43 @@ class MachineClient:
 
     def stream(self, path: str, body: Any = None) -> Iterator[dict[str, Any]]:
         """The objects of an NDJSON answer to `POST path`, each as it comes; closing the iterator ends the request."""
-        connection, response = self._request("POST", path, body, timeout=None)
-        try:
-            for line in response:
-                if line.strip():
-                    yield json.loads(line)
-        except (OSError, HTTPException, ValueError) as error:
-            raise Failure(f"the stream from mesh {self.mesh} broke off: {error}") from error
-        finally:
-            connection.close()
+        with self._answer("POST", path, body, timeout=None) as response:
+            try:
+                for line in response:
+                    if line.strip():
+                        yield json.loads(line)
+            except (OSError, HTTPException, ValueError) as error:
+                raise Failure(f"the stream from mesh {self.mesh} broke off: {error}") from error
 
     def _json(self, method: str, path: str, body: Any) -> Any:
-        connection, response = self._request(method, path, body, timeout=60)
-        try:
-            data = response.read()
-            return json.loads(data) if data else None
-        except (OSError, HTTPException, ValueError) as error:
-            raise Failure(f"mesh {self.mesh} gave an answer that cannot be read: {error}") from error
-        finally:
-            connection.close()
+        with self._answer(method, path, body, timeout=60) as response:
+            try:
+                data = response.read()
+                return json.loads(data) if data else None
+            except (OSError, HTTPException, ValueError) as error:
+                raise Failure(f"mesh {self.mesh} gave an answer that cannot be read: {error}") from error
 
-    def _request(self, method: str, path: str, body: Any, timeout: float | None) -> tuple[HTTPConnection, HTTPResponse]:
-        connection = _UnixConnection(str(self.socket_path), timeout)
-        payload = None if body is None else json.dumps(body).encode()
-        try:
-            connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
-            response = connection.getresponse()
-            if response.status < 400:
-                return connection, response
-            raise self._refused(response.status, response.read())
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            others = running_meshes(self.root)
-            hint = f"running: {', '.join(others)}" if others else "start one with `mantle demo` or `mantle up FILE`"
-            raise Failure(f"mesh {self.mesh} is not running", fix=hint) from error
-        except PermissionError as error:
-            raise Failure(
-                f"mesh {self.mesh} belongs to another user", fix="run the command as the user who started it"
-            ) from error
-        except (OSError, HTTPException) as error:
-            raise Failure(f"no answer from the daemon of mesh {self.mesh}: {error}") from error
+    @contextmanager
+    def _answer(self, method: str, path: str, body: Any, timeout: float | None) -> Iterator[HTTPResponse]:
+        """An answer with a good status, closed afterwards."""
+        with closing(_UnixConnection(str(self.socket_path), timeout)) as connection:
+            payload = None if body is None else json.dumps(body).encode()
+            try:
+                connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
+                response = connection.getresponse()
+            except (FileNotFoundError, ConnectionRefusedError) as error:
+                others = running_meshes(self.root)
+                hint = f"running: {', '.join(others)}" if others else "start one with `mantle demo` or `mantle up FILE`"
+                raise Failure(f"mesh {self.mesh} is not running", fix=hint) from error
+            except PermissionError as error:
+                fix = "run the command as the user who started it"
+                raise Failure(f"mesh {self.mesh} belongs to another user", fix=fix) from error
+            except (OSError, HTTPException) as error:
+                raise Failure(f"no answer from the daemon of mesh {self.mesh}: {error}") from error
+            with response:
+                if response.status >= 400:
+                    raise self._refused(response.status, response.read())
+                yield response
 
     def _refused(self, status: int, data: bytes) -> Failure:
         try:

@@ -1,0 +1,167 @@
+"""The commands against a daemon of our own on a real Unix socket: what they ask, what they print, how they end."""
+
+from __future__ import annotations
+
+import json
+import socketserver
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mantle.cli import machine_client
+from mantle.cli.main import cli
+
+ANSWERS: dict[str, Any] = {
+    "/v1/status": {"mesh": "default", "version": "0.1.0", "pods": []},
+    "/v1/viz/edges": {"edges": []},
+    "/v1/viz/stat": {"rows": []},
+}
+END = {"ip": "10.0.0.1", "port": 1, "metadata": {"tls": "true"}}
+EVENT = {
+    "source": END,
+    "destination": END,
+    "routeMeta": None,
+    "proxyDirection": "INBOUND",
+    "requestInitEvent": {
+        "id": {"base": 0, "stream": 1},
+        "method": "GET",
+        "authority": "a",
+        "path": "/",
+        "headers": None,
+    },
+}
+
+
+class Daemon(socketserver.ThreadingUnixStreamServer):
+    """Answers from `ANSWERS`; remembers (method, path, query or body)."""
+
+    daemon_threads = True
+
+    def __init__(self, path: Path) -> None:
+        self.asked: list[tuple[str, str, Any]] = []
+        super().__init__(str(path), Handler)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Daemon
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        self.server.asked.append(("GET", url.path, dict(parse_qsl(url.query))))
+        self.answer(200 if url.path in ANSWERS else 404, json.dumps(ANSWERS.get(url.path, ERROR)).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(("POST", self.path, body))
+        if body["target"]["name"] == "nothing":
+            self.answer(404, json.dumps(ERROR).encode())
+        else:
+            notice = {"notice": {"pod": "emojivoto/web-1", "message": "gone"}}
+            self.answer(200, b"".join(json.dumps(line).encode() + b"\n" for line in (EVENT, notice, EVENT)))
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+ERROR = {"errors": [{"message": "no such thing", "fix": "ask for another", "file": "a.yml", "line": 2}]}
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    monkeypatch.setattr(machine_client, "state_root", lambda: tmp_path)
+    (tmp_path / "default").mkdir()
+    with Daemon(tmp_path / "default" / "api.sock") as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def mantle(line: str) -> Result:
+    return CliRunner().invoke(cli, line.split(), prog_name="mantle")
+
+
+@pytest.mark.parametrize("line", ["-n mantle edges deployment", "edges deployment -n mantle", "edges -n mantle deploy"])
+def test_edges_asks_for_the_namespace_wherever_it_stood(line: str, daemon: Daemon) -> None:
+    ended = mantle(line)
+    assert (ended.exit_code, ended.stdout) == (0, "No edges found.\n")
+    query = {"resource": "deployment", "window": "300", "namespace": "mantle"}
+    assert daemon.asked == [("GET", "/v1/viz/edges", query)]
+
+
+def test_stat_asks_for_what_it_was_asked(daemon: Daemon) -> None:
+    ended = mantle("stat deploy/web -A -t 2m --to svc/emoji-svc --to-namespace other")
+    assert (ended.exit_code, ended.stdout) == (0, "No traffic found.\n")
+    assert daemon.asked[0][2] == {
+        "resource": "deployment",
+        "name": "web",
+        "window": "120",
+        "all": "1",
+        "to": "service/emoji-svc",
+        "to_namespace": "other",
+    }
+    assert mantle("stat au -o json").stdout == "[]\n"
+
+
+def test_tap_prints_each_event_on_its_line_and_notices_aside(daemon: Daemon) -> None:
+    ended = mantle("-n emojivoto tap deploy --path /api --to ns/other --max-rps 5")
+    line = "req id=0:1 proxy=in  src=10.0.0.1:1 dst=10.0.0.1:1 tls=true :method=GET :authority=a :path=/\n"
+    assert (ended.exit_code, ended.stdout) == (0, line * 2)
+    assert ended.stderr == "warning: emojivoto/web-1: gone\n"
+    assert daemon.asked[0][2] == {
+        "target": {"kind": "deployment", "name": "", "namespace": "emojivoto"},
+        "to": {"kind": "namespace", "name": "other", "namespace": "emojivoto"},
+        "method": "",
+        "path": "/api",
+        "authority": "",
+        "scheme": "",
+        "max_rps": 5.0,
+        "headers": False,
+    }
+
+
+def test_tap_as_json_is_one_object_a_line_with_headers(daemon: Daemon) -> None:
+    lines = mantle("tap po/web-1 -o json").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == [EVENT, EVENT]
+    assert daemon.asked[0][2]["headers"] is True
+
+
+def test_what_the_daemon_refuses_is_one_message_with_its_fix(daemon: Daemon) -> None:
+    ended = mantle("tap deploy/nothing")
+    assert ended.exit_code == 1
+    assert ended.stderr == "error: a.yml:2: no such thing\n  fix: ask for another\n"
+
+
+def test_version_names_the_mesh(daemon: Daemon) -> None:
+    assert "Mesh version: 0.1.0 (mesh default)\n" in mantle("version").stdout
+    assert json.loads(mantle("version -o json").stdout)["mesh"] == {"name": "default", "version": "0.1.0"}
+
+
+def test_which_mesh(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    (tmp_path / "dead").mkdir()
+    with Daemon(tmp_path / "two" / "api.sock"):
+        ended = mantle("edges deploy")
+    assert ended.stderr == "error: several meshes are running: default, two\n  fix: say which one with --mesh NAME\n"
+    ended = mantle("edges deploy --mesh dead")
+    assert ended.stderr == "error: mesh dead is not running\n  fix: running: default\n"
+    assert ended.exit_code == 1
+
+
+def test_no_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_client, "state_root", lambda: tmp_path / "nothing")
+    ended = mantle("edges deploy")
+    assert ended.stderr == "error: no mesh is running\n  fix: start one with `mantle demo` or `mantle up FILE`\n"
