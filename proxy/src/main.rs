@@ -6,11 +6,13 @@
 use std::process::ExitCode;
 
 mod drain;
+mod link;
 mod pool;
 mod redirect;
 mod relay;
 mod sniff;
 mod socket;
+mod tls;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -74,6 +74,8 @@ reasons! {
         IdentityMismatch = "identity_mismatch",
         /// The TLS handshake failed otherwise.
         TlsFailed = "tls_failed",
+        /// The peer's proxy is mutually authenticated but speaks no protocol that ours does.
+        UnsupportedPeer = "unsupported_peer",
         /// The address is the proxy's own.
         Loop = "loop",
     }

@@ -44,6 +44,7 @@ class Unroutable(StrEnum):
     CONNECT_FAILED = "connect_failed"
     IDENTITY_MISMATCH = "identity_mismatch"
     TLS_FAILED = "tls_failed"
+    UNSUPPORTED_PEER = "unsupported_peer"
     LOOP = "loop"
 
 
