@@ -135,8 +135,8 @@ def test_servers_are_named_by_their_labels_else_their_address(
     ("labels", "state"),
     [
         ({"tls": "true", "server_id": "x"}, "secured"),
-        ({"tls": "true"}, "no_client_identity"),
-        ({"tls": "true", "server_id": ""}, "no_client_identity"),
+        ({"tls": "true"}, "unknown"),
+        ({"tls": "true", "server_id": ""}, "unknown"),
         ({"tls": "no_identity", "no_tls_reason": "no_tls_from_remote"}, "not_provided_by_remote"),
         ({"tls": "no_identity", "no_tls_reason": "port_skipped"}, "port_skipped"),
         ({"tls": "no_identity", "no_tls_reason": "a reason of tomorrow"}, "a reason of tomorrow"),
@@ -151,6 +151,11 @@ def test_only_proof_is_called_secured(labels: dict[str, str], state: str) -> Non
     (row,) = rows(opened(WEB, 1, **TO_EMOJI, **labels))
     assert row["counts"] == {state: 1}
     assert row["no_tls_reason"] == ("" if state == "secured" else state)
+
+
+def test_mesh_tls_without_a_client_certificate_is_not_secured() -> None:
+    (row,) = rows(client(EMOJI, 2, CURL.ip, client_id=""))
+    assert (row["counts"], row["no_tls_reason"]) == ({"no_client_identity": 2}, "no_client_identity")
 
 
 def test_a_connection_opened_before_the_window_shows_while_it_is_open() -> None:

@@ -20,10 +20,10 @@ from mantle.viz.source import (
     REQUESTS,
     TCP_OPEN,
     TCP_OPENED,
-    UNKNOWN,
     Point,
     Subject,
     Traffic,
+    Unproven,
     reason_word,
 )
 
@@ -156,12 +156,14 @@ def _state_of(point: Point, identity_label: str) -> str:
     """`secured` only with mutual TLS and the peer's name; else the reason, or `unknown`."""
     tls = point.label("tls")
     if tls == "true":
-        return SECURED if point.label(identity_label) else "no_client_identity"
+        if point.label(identity_label):
+            return SECURED
+        return Unproven.NO_CLIENT_IDENTITY if identity_label == "client_id" else Unproven.UNKNOWN
     if tls in ("opaque", "passthru"):
-        return "passthru"
+        return Unproven.PASSTHRU
     if tls == "disabled":
-        return "disabled"
-    return reason_word(point.label("no_tls_reason")) if tls == "no_identity" else UNKNOWN
+        return Unproven.DISABLED
+    return reason_word(point.label("no_tls_reason")) if tls == "no_identity" else Unproven.UNKNOWN
 
 
 def _pod_end(subject: Subject, kind: str) -> _End:
@@ -197,7 +199,7 @@ def _client_end(ip: str, addresses: Addresses, kind: str) -> _End:
         return _named(kind, pod.key.namespace, pod.key.name, pod.owner.kind, pod.owner.name)
     if service := addresses.services.get(ip):
         return _End(service[0], service[0] if kind == "namespace" else f"service/{service[1]}")
-    return _End("", PROBE if ip in addresses.router else ip or UNKNOWN)
+    return _End("", PROBE if ip in addresses.router else ip or Unproven.UNKNOWN)
 
 
 def _identity_like(other: str, subject: Subject) -> str:
@@ -225,7 +227,7 @@ def _row(src: _End, dst: _End, edge: _Seen) -> dict[str, Any]:
     whole = {state: max(1, round(value)) for state, value in sorted(counts.items())}
     reasons = [state for state in whole if state != SECURED]
     if not whole:
-        reasons = [UNKNOWN]
+        reasons = [Unproven.UNKNOWN]
     return {
         "src": src.name,
         "src_namespace": src.namespace,

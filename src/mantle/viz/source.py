@@ -6,6 +6,7 @@ a client of it will. The readers (`stat.py`, `edges.py`) take the values below a
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,15 +28,27 @@ CLIENTS_OPEN = "mantle_edge_clients_open"
 COUNTERS = (REQUESTS, RESPONSES, LATENCY_BUCKET, TCP_OPENED, TCP_READ, TCP_WRITTEN)
 GAUGES = (TCP_OPEN,)
 
-UNKNOWN = "unknown"
-"""The reason shown where a proxy named none: an edge without proof is never called secured."""
+
+@enum.unique
+class Unproven(enum.StrEnum):
+    """Why traffic is not called secured though its proxy gave no reason of `core.reasons.NoTls`."""
+
+    UNKNOWN = "unknown"
+    """The proxy named no state that we know: without proof nothing is secured."""
+    PASSTHRU = "passthru"
+    """The application's own TLS, passed through: encrypted, by whom is not known to the mesh."""
+    NO_CLIENT_IDENTITY = "no_client_identity"
+    """Mesh TLS, but the client showed no certificate."""
+    DISABLED = "disabled"
+    """A proxy without identity (linkerd2-proxy only)."""
+
 
 _OUR_WORDS = {"no_tls_from_remote": "not_provided_by_remote"}
 
 
 def reason_word(label: str) -> str:
     """A proxy's no-TLS label in our one vocabulary (DESIGN: linkerd2-proxy has its own word for one of them)."""
-    return _OUR_WORDS.get(label, label) or UNKNOWN
+    return _OUR_WORDS.get(label, label) or Unproven.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,147 @@
+"""Calls to proxies, against one of our own on an address of its own: the identity demanded, every failure named."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+import grpc.aio
+import pytest
+from aiohttp import web
+
+from mantle.core.model import Key, Owner, Pod
+from mantle.core.names import MeshNames
+from mantle.gen.io.linkerd.proxy import tap_pb2
+from mantle.gen.mantle.v1 import edges_pb2
+from mantle.viz import proxies as module
+from mantle.viz.proxies import Proxies, Unreachable
+
+IDENTITY = "web.emojivoto.serviceaccount.identity.mantle.cluster.local"
+IP = f"127.{os.getpid() >> 16 & 255}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+"""An address of this process's own, so that parallel runs do not meet."""
+
+
+def pod(ip: str = IP, account: str = "web") -> Pod:
+    return Pod(Key("emojivoto", "web-1"), f"uid-{ip}-{account}", ip, account, Owner("Deployment", "web"))
+
+
+class Proxy(grpc.GenericRpcHandler):
+    """Answers on 4190 and 4191; remembers the identity that each call demanded."""
+
+    def __init__(self) -> None:
+        self.demanded: list[object] = []
+        self.metrics = web.Response(text="request_total 7\n")
+        self.cancelled = asyncio.Event()
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        self.demanded.append(dict(call.invocation_metadata).get("l5d-require-id"))
+        if call.method == "/mantle.v1.Edges/List":
+            return grpc.unary_unary_rpc_method_handler(self.edges)
+        return grpc.unary_stream_rpc_method_handler(self.observe)
+
+    async def edges(self, request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        return edges_pb2.ListResponse(edges=[edges_pb2.Edge(client_ip="10.0.0.1", total=3)]).SerializeToString()
+
+    async def observe(self, request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> AsyncIterator[bytes]:
+        limit = tap_pb2.ObserveRequest.FromString(request).limit
+        if limit == 0:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
+        for _ in range(limit):
+            yield tap_pb2.TapEvent().SerializeToString()
+        if limit > 1:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.cancelled.set()
+
+    async def serve_metrics(self, request: web.Request) -> web.Response:
+        self.demanded.append(request.headers.get("l5d-require-id"))
+        return self.metrics
+
+
+def play(scene: Callable[[Proxy, Proxies], Awaitable[None]]) -> None:
+    async def run() -> None:
+        proxy = Proxy()
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((proxy,))
+        server.add_insecure_port(f"{IP}:{module.CONTROL_PORT}")
+        app = web.Application()
+        app.router.add_get("/metrics", proxy.serve_metrics)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await server.start()
+        try:
+            await web.TCPSite(runner, IP, module.ADMIN_PORT).start()
+            async with asyncio.timeout(20), Proxies(MeshNames("mantle", "cluster.local")) as proxies:
+                await scene(proxy, proxies)
+        finally:
+            await runner.cleanup()
+            await server.stop(None)
+
+    asyncio.run(run())
+
+
+def test_every_call_demands_the_pod_s_identity() -> None:
+    async def scene(proxy: Proxy, proxies: Proxies) -> None:
+        assert await proxies.metrics(pod()) == "request_total 7\n"
+        (row,) = await proxies.clients(pod())
+        assert (row.client_ip, row.total) == ("10.0.0.1", 3)
+        events = [event async for event in proxies.observe(pod(), tap_pb2.ObserveRequest(limit=1))]
+        assert len(events) == 1
+        assert proxy.demanded == [IDENTITY] * 3
+
+    play(scene)
+
+
+def test_leaving_a_tap_ends_it_at_the_proxy() -> None:
+    async def scene(proxy: Proxy, proxies: Proxies) -> None:
+        async with contextlib.aclosing(proxies.observe(pod(), tap_pb2.ObserveRequest(limit=2))) as events:
+            await anext(events)
+        await proxy.cancelled.wait()
+
+    play(scene)
+
+
+def test_failures_say_what_was_asked_and_what_came_back() -> None:
+    async def scene(proxy: Proxy, proxies: Proxies) -> None:
+        with pytest.raises(Unreachable, match=r"tap on emojivoto/web-1: UNAUTHENTICATED: who are you\?"):
+            await anext(proxies.observe(pod(), tap_pb2.ObserveRequest()))
+        proxy.metrics = web.Response(status=503)
+        with pytest.raises(Unreachable, match=f"GET http://{IP}:4191/metrics answered 503"):
+            await proxies.metrics(pod())
+        away = pod("127.255.255.254")
+        with pytest.raises(Unreachable, match=r"GET http://127\.255\.255\.254:4191/metrics: Cannot connect"):
+            await proxies.metrics(away)
+        with pytest.raises(Unreachable, match=r"mantle\.v1\.Edges/List on emojivoto/web-1: UNAVAILABLE"):
+            await proxies.clients(away)
+        for call in (proxies.metrics, proxies.clients):
+            with pytest.raises(Unreachable, match="can have no identity"):
+                await call(pod(account="Not A Name"))  # type: ignore[operator]
+
+    play(scene)
+
+
+def test_an_answer_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_METRICS_BYTES", 1000)
+
+    async def scene(proxy: Proxy, proxies: Proxies) -> None:
+        proxy.metrics = web.Response(text="x" * 1001)
+        with pytest.raises(Unreachable, match="more than 1000 bytes"):
+            await proxies.metrics(pod())
+
+    play(scene)
+
+
+def test_channels_of_pods_that_are_gone_are_closed() -> None:
+    async def scene(proxy: Proxy, proxies: Proxies) -> None:
+        await proxies.clients(pod())
+        await proxies.keep_only({pod().uid})
+        assert len(proxies._channels) == 1
+        await proxies.keep_only(set())
+        assert proxies._channels == {}
+        await proxies.clients(pod())
+
+    play(scene)
