@@ -4,6 +4,8 @@
 
 pub(crate) mod backoff;
 pub(crate) mod client;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::io;
 use std::sync::Arc;

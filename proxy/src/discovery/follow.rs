@@ -153,7 +153,8 @@ async fn follow_policy(source: &Source, dst: SocketAddr, answer: watch::Sender<P
 
 async fn follow_profile(source: &Source, dst: SocketAddr, answer: watch::Sender<ProfileAnswer>) {
     if !source.with_profile {
-        return;
+        // `answer` stays as it is: dropping it would say that the question is over.
+        return std::future::pending().await;
     }
     let ask = || {
         let request = get(dst.to_string(), source);

@@ -59,7 +59,8 @@ impl Ca {
         params.extended_key_usages = leaf.usages.to_vec();
         let now = SystemTime::now();
         params.not_before = (now - Duration::from_secs(20)).into();
-        params.not_after = (now + leaf.lifetime).into();
+        // Certificates know whole seconds: never less than asked for.
+        params.not_after = (now + leaf.lifetime + Duration::from_secs(1)).into();
         params.signed_by(key, &self.issuer).expect("leaf").der().clone()
     }
 
@@ -68,6 +69,25 @@ impl Ca {
         let leaf = self.issue(&Leaf::named(name), &key);
         self.trust().credentials(1, &[leaf], private(&key), &Arc::from(name), SystemTime::now()).expect("credentials")
     }
+}
+
+/// PEM of a DER certificate (RFC 7468).
+pub(crate) fn pem(der: &CertificateDer<'_>) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
+    for (n, chunk) in der.chunks(3).enumerate() {
+        let bits = u32::from(chunk[0]) << 16
+            | u32::from(*chunk.get(1).unwrap_or(&0)) << 8
+            | u32::from(*chunk.get(2).unwrap_or(&0));
+        for at in 0..4 {
+            let six = (bits >> (18 - 6 * at)) as usize & 63;
+            text.push(if at <= chunk.len() { ALPHABET[six] as char } else { '=' });
+        }
+        if n % 16 == 15 {
+            text.push('\n');
+        }
+    }
+    text + "\n-----END CERTIFICATE-----\n"
 }
 
 pub(crate) fn private(key: &KeyPair) -> PrivateKeyDer<'static> {
