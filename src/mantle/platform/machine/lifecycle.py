@@ -226,7 +226,7 @@ class Lifecycle:
         if not alive:
             if self._finished:
                 return []
-            self._finished = True
+            self._finished, self._kill_at = True, None
             return [Finish()]
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from mantle.platform.machine import container, supervisor, wire
+from mantle.platform.machine import container, podinit, wire
 from mantle.platform.machine import namespaces as ns
 from mantle.platform.machine.loop import Loop, Peer, Server
 from mantle.platform.machine.router import Router
@@ -147,7 +147,7 @@ class Node:
                 pid = os.fork()
                 if pid == 0:
                     ns.close_other_fds((channel.fileno(),))
-                    supervisor.main(place, self._config.router_ip, self._config.backoff, channel)
+                    podinit.main(place, self._config.router_ip, self._config.backoff, channel)
                 os.write(writer, str(pid).encode())
                 code = 0
             except OSError as error:

@@ -21,8 +21,8 @@ from mantle.platform.machine.spec import NodeConfig, ServicePort
 UPLINK = "uplink"
 _SLOTS = 60
 """Random numbers drawn for a service: exactly even for one to six endpoints, ten, twelve …"""
-_SERVICES_PER_BATCH = 50
-"""A transaction must fit the socket's send buffer (208 KiB)."""
+_CHANGES_PER_BATCH = 25
+"""Services of which all slots are replaced: a transaction must fit the socket's send buffer (208 KiB)."""
 _PROTOCOLS = {"TCP": socket.IPPROTO_TCP, "UDP": socket.IPPROTO_UDP}
 
 Elements = list[tuple[bytes, bytes | None]]
@@ -130,8 +130,8 @@ class Router:
         for entry, remove in [(e, True) for e in gone] + [(e, False) for e in come]:
             groups.setdefault((entry.ip, entry.port, entry.protocol), []).append((entry, remove))
         pending = list(groups.values())
-        for start in range(0, len(pending), _SERVICES_PER_BATCH):
-            for changes in pending[start : start + _SERVICES_PER_BATCH]:
+        for start in range(0, len(pending), _CHANGES_PER_BATCH):
+            for changes in pending[start : start + _CHANGES_PER_BATCH]:
                 for entry, remove in changes:
                     elements = self._services.pop(entry) if remove else new[entry]
                     self._rules.elements("services", elements, remove=remove)

@@ -1,7 +1,8 @@
 """PID 1 of a pod: starts its containers, writes their logs, restarts them, and answers on `ctl.sock`.
 
-It carries out what `lifecycle.py` decides and knows nothing about images, services or the mesh. It is forked by the
-node, keeps its rights (applications have none) and needs nobody afterwards: the daemon may come and go.
+It carries out what `lifecycle.py` decides and knows nothing about images, services or the mesh. `podinit.py` makes
+it in the pod's namespaces. It keeps its rights (applications have none) and needs nobody afterwards: the daemon may
+come and go.
 
 `ctl.sock` (frames of `wire.py`, one conversation a connection):
   {"op": "watch"}                                      → {"status": PodStatus} now and at every change
@@ -19,21 +20,16 @@ import contextlib
 import errno
 import json
 import os
-import re
 import select
 import signal
 import socket
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NoReturn
 
 from mantle.platform.machine import container, wire
-from mantle.platform.machine import namespaces as ns
 from mantle.platform.machine.lifecycle import Action, Finish, Lifecycle, Signal, Start
 from mantle.platform.machine.logs import Log
 from mantle.platform.machine.loop import Loop, Peer, Ready, Server
-from mantle.platform.machine.netlink import Route
 from mantle.platform.machine.spec import ContainerSpec, to_json
 
 _MOST_PROBE_OUTPUT = 4096
@@ -77,6 +73,7 @@ class Supervisor:
         self._loop = Loop()
         (place.directory / "logs").mkdir(mode=0o700, exist_ok=True)
         self._server = Server(self._loop, place.directory / "ctl.sock", self._handle)
+        self._report()
 
     def run(self) -> None:
         """Until every container has ended for good."""
@@ -323,69 +320,6 @@ class Supervisor:
                 peer.refuse(wire.Refused("nothing_listens", f"nothing listens on port {port} of the pod"))
             else:
                 peer.refuse(wire.Refused("kernel", f"port {port} of the pod: {os.strerror(code)}"))
-
-
-def main(place: container.Place, router_ip: str, backoff: float, node: socket.socket) -> NoReturn:
-    """The forked supervisor, from its first moment as PID 1 to its end. Never returns."""
-    code = 1
-    try:
-        ns.name_process("mantle-pod")
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        ns.mount(None, "/", None, ns.MS_REC | ns.MS_PRIVATE)
-        with contextlib.suppress(OSError):
-            ns.mount("proc", "/proc", "proc", ns.MS_NOSUID | ns.MS_NODEV | ns.MS_NOEXEC)
-        ns.sethostname(place.pod.hostname or place.pod.name)
-        _write_files(place)
-        if node.recv(16) != b"go":
-            os._exit(1)
-        _configure_network(place.pod.ip, router_ip, rootless=place.rootless)
-        supervisor = Supervisor(place, backoff, node)
-        node.send(b'{"ready": true}')
-        supervisor.run()
-        code = 0
-    except Exception as error:  # the node is told why there is no pod; this process has nobody above it
-        text = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
-        with contextlib.suppress(OSError):
-            node.send(json.dumps({"error": text}).encode())
-    finally:
-        os._exit(code)
-
-
-def _write_files(place: container.Place) -> None:
-    """The files of /etc that are the pod's own."""
-    pod, etc = place.pod, place.directory / "etc"
-    etc.mkdir(mode=0o755, exist_ok=True)
-    name = pod.hostname or pod.name
-    hosts = pod.hosts or f"127.0.0.1\tlocalhost\n::1\tlocalhost\n{pod.ip}\t{name}\n"
-    for file, text in (("resolv.conf", pod.resolv_conf), ("hosts", hosts), ("hostname", f"{name}\n")):
-        (etc / file).write_text(text)
-        (etc / file).chmod(0o644)
-    switch = Path("/etc/nsswitch.conf")
-    if switch.exists():
-        # Only files and DNS know the cluster's names; resolved and mdns would answer for the host.
-        (etc / switch.name).write_text(re.sub(r"(?m)^hosts:.*$", "hosts: files dns", switch.read_text()))
-        (etc / switch.name).chmod(0o644)
-
-
-def _configure_network(ip: str, router_ip: str, *, rootless: bool) -> None:
-    """Loopback, the address of the pod, and everything else through the router."""
-
-    def sysctl(name: str, value: str) -> None:
-        path = Path("/proc/sys/net", name)
-        if path.exists():
-            path.write_text(value)
-
-    sysctl("ipv6/conf/default/disable_ipv6", "1")
-    sysctl("ipv6/conf/eth0/disable_ipv6", "1")
-    sysctl("ipv4/ip_unprivileged_port_start", "0")
-    sysctl("ipv4/ping_group_range", "0 0" if rootless else "0 2147483647")
-    route = Route()
-    index = socket.if_nametoindex("eth0")
-    route.up(socket.if_nametoindex("lo"))
-    route.address(index, ip, 32)
-    route.up(index)
-    route.route(via=router_ip, interface=index, source=ip, onlink=True)
-    route.close()
 
 
 def _readable(fd: int) -> bool:
