@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import socketserver
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -165,3 +168,38 @@ def test_no_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_client, "state_root", lambda: tmp_path / "nothing")
     ended = mantle("edges deploy")
     assert ended.stderr == "error: no mesh is running\n  fix: start one with `mantle demo` or `mantle up FILE`\n"
+
+
+class Endless(Handler):
+    """One event, then silence, in chunks as the daemon relays them."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        line = json.dumps(EVENT).encode() + b"\n"
+        self.wfile.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
+        self.rfile.read()  # until the client goes
+
+
+def test_ctrl_c_ends_a_tap_without_a_word(tmp_path: Path) -> None:
+    program = (
+        "import pathlib\nfrom mantle.cli import machine_client, main\n"
+        f"machine_client.state_root = lambda: pathlib.Path({str(tmp_path)!r})\nmain.main()"
+    )
+    (tmp_path / "default").mkdir()
+    with socketserver.ThreadingUnixStreamServer(str(tmp_path / "default" / "api.sock"), Endless) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        words = [sys.executable, "-c", program, "tap", "deploy", "--mesh", "default"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tap:
+            assert tap.stdout is not None
+            assert tap.stdout.readline().startswith("req id=0:1 proxy=in  src=")  # though the stream has not ended
+            tap.send_signal(signal.SIGINT)
+            rest, errors = tap.communicate(timeout=20)
+        server.shutdown()
+        thread.join()
+    assert (tap.returncode, rest, errors) == (0, "", "")

@@ -77,6 +77,7 @@ def test_a_secured_edge_has_both_identities() -> None:
             "protocol": "http",
             "counts": {"secured": 7},
             "open": 1,
+            "control": False,
         }
     ]
 
@@ -174,6 +175,37 @@ def test_kinds_name_the_same_edge_differently() -> None:
     traffic = request(WEB, 7, **TO_EMOJI, **SECURE)
     assert seen(traffic, kind="pod") == [("web-1", "emoji-1", {"secured": 7})]
     assert seen(traffic, kind="namespace") == [("emojivoto", "emojivoto", {"secured": 7})]
+
+
+IDENTITY = pod("mantle-identity", "10.203.0.20", namespace="mantle")
+
+
+def test_a_proxy_s_own_calls_to_the_control_plane_show_there_only() -> None:
+    calls = (client(IDENTITY, 1, WEB.ip, client_id=""), client(IDENTITY, 5, WEB.ip, client_id=f"web.emojivoto{ID}"))
+    assert seen(*calls) == []
+    (row,) = rows(*calls, namespace="mantle")
+    assert (row["control"], row["counts"]) == (True, {"no_client_identity": 1, "secured": 5})
+    assert rows(*calls, namespace=None) == [row]
+    assert seen(client(IDENTITY, 1, BOT.ip, no_tls_reason="not_provided_by_remote")) == [
+        ("bot", "mantle-identity", {"not_provided_by_remote": 1})
+    ]
+    plain = client(IDENTITY, 1, WEB.ip, no_tls_reason="not_provided_by_remote")
+    assert seen(*calls, plain) == [
+        ("web", "mantle-identity", {"no_client_identity": 1, "not_provided_by_remote": 1, "secured": 5})
+    ]
+
+
+def test_a_proxy_s_own_calls_do_not_blemish_its_workload_s() -> None:
+    scrape = {"direction": "outbound", "dst_namespace": "mantle", "dst_deployment": "mantle-identity"}
+    both = (request(WEB, 3, **scrape, tls="true", server_id="x"), client(IDENTITY, 1, WEB.ip, client_id=""))
+    assert seen(*both) == [("web", "mantle-identity", {"secured": 3})]
+
+
+def test_a_pod_that_is_gone_is_still_named_until_another_has_its_address() -> None:
+    later = Addresses.of(Snapshot(2), before=ADDRESSES)
+    assert later.pods[CURL.ip] == CURL
+    heir = pod("heir", CURL.ip)
+    assert Addresses.of(Snapshot(3, {heir.key: heir}), before=later).pods[CURL.ip] == heir
 
 
 def test_loopback_clients_and_inbound_metrics_are_no_edges() -> None:

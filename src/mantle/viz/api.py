@@ -83,6 +83,7 @@ class Api:
         fields.done()
         traffic = await self._source.traffic(window)
         rows = edges.edge_rows(traffic, self._world.addresses, edges.EdgeQuery("deployment", None))
+        rows = [row for row in rows if not row["control"]]
         health = self._health.health()
         return web.json_response(
             {

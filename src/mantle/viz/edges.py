@@ -3,6 +3,9 @@
 Two witnesses are joined. The outbound metrics of a meshed client name both ends, also of connections that never reach
 another proxy. The table of clients of a meshed server knows those outside the mesh, by address. Traffic that both saw
 is counted once, from the client's side. What neither proved to be mutual TLS is never called secured.
+
+A proxy's own calls to the control plane (certificates, discovery) are marked `control`, and left out unless the control
+plane's namespace is asked for: no workload made them, and each workload would have two such edges.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mantle.core.model import Pod, Snapshot
-from mantle.viz.mesh import is_live
+from mantle.viz.mesh import is_live, is_meshed
 from mantle.viz.source import (
     CLIENTS_OPEN,
     CLIENTS_TOTAL,
@@ -29,6 +32,8 @@ from mantle.viz.source import (
 
 KINDS = ("deployment", "job", "namespace", "pod")
 SECURED = "secured"
+MAX_REMEMBERED = 4096
+"""Addresses of pods that are gone, newest last."""
 PROBE = "probe"
 """The name of the node's own address, from which probes come."""
 
@@ -39,6 +44,7 @@ class EdgeQuery:
 
     kind: str
     namespace: str | None
+    control_namespace: str = "mantle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +65,24 @@ class _Seen:
     servers: set[str] = field(default_factory=set)
     by_client: bool = False
     """True if the client's own proxy reported it."""
+    control: bool = False
+    """True if all of it are calls of the client's proxy to the control plane."""
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Who has which address. `router`: the addresses that probes come from."""
+    """Who has which address, or had it last. `router`: the addresses that probes come from."""
 
     pods: dict[str, Pod]
     services: dict[str, tuple[str, str]]
     router: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, snapshot: Snapshot, router: Iterable[str] = ()) -> Addresses:
-        pods = {pod.ip: pod for pod in snapshot.pods.values() if pod.ip and is_live(pod)}
+    def of(cls, snapshot: Snapshot, router: Iterable[str] = (), before: Addresses | None = None) -> Addresses:
+        """Of a snapshot, and of pods that are gone since `before`: their connections stay in the window for a while."""
+        gone = {} if before is None else dict(list(before.pods.items())[-MAX_REMEMBERED:])
+        now = {pod.ip: pod for pod in snapshot.pods.values() if pod.ip and is_live(pod)}
+        pods = {**{ip: pod for ip, pod in gone.items() if ip not in now}, **now}
         services = {s.cluster_ip: (s.key.namespace, s.key.name) for s in snapshot.services.values()}
         return cls(pods, services, frozenset(router))
 
@@ -81,12 +92,16 @@ def edge_rows(traffic: Traffic, addresses: Addresses, query: EdgeQuery) -> list[
     seen: dict[tuple[_End, _End], _Seen] = {}
     _read_clients(traffic, addresses, query, seen)
     _read_servers(traffic, addresses, query, seen)
-    rows = [
-        _row(src, dst, edge)
-        for (src, dst), edge in seen.items()
-        if query.namespace is None or query.namespace in (src.namespace, dst.namespace)
-    ]
+    rows = [_row(src, dst, edge) for (src, dst), edge in seen.items() if _is_asked(src, dst, edge, query)]
     return sorted(rows, key=lambda r: (r["src_namespace"], r["dst_namespace"], r["src"], r["dst"]))
+
+
+def _is_asked(src: _End, dst: _End, edge: _Seen, query: EdgeQuery) -> bool:
+    if query.namespace is None:
+        return True
+    if edge.control and query.namespace != query.control_namespace:
+        return False
+    return query.namespace in (src.namespace, dst.namespace)
 
 
 def _read_clients(
@@ -132,11 +147,13 @@ def _read_servers(
             return None
         ends = _client_end(client_ip, addresses, query.kind), _pod_end(point.subject, query.kind)
         state = _state_of(point, "client_id")
-        if ends in reported and (state == SECURED or ends in plain):
+        control = _is_control(point, state, addresses, query)
+        if ends in reported and (state == SECURED or control or ends in plain):
             if client := point.label("client_id"):
                 seen[ends].clients.add(client)
             return None
-        edge = seen.setdefault(ends, _Seen())
+        edge = seen.setdefault(ends, _Seen(control=True))
+        edge.control = edge.control and control
         if state == SECURED:
             edge.clients.add(point.label("client_id"))
             edge.servers.add(_identity_like(point.label("client_id"), point.subject))
@@ -150,6 +167,17 @@ def _read_servers(
             edge.open += point.value
             state = _state_of(point, "client_id")
             edge.connections[state] = max(edge.connections.get(state, 0.0), point.value)
+
+
+def _is_control(point: Point, state: str, addresses: Addresses, query: EdgeQuery) -> bool:
+    """A meshed pod's proxy at a control-plane pod, by TLS; its first certificate it can only ask for anonymously."""
+    client = addresses.pods.get(point.label("client_ip"))
+    return (
+        point.subject.namespace == query.control_namespace
+        and client is not None
+        and is_meshed(client)
+        and state in (SECURED, Unproven.NO_CLIENT_IDENTITY)
+    )
 
 
 def _state_of(point: Point, identity_label: str) -> str:
@@ -239,4 +267,5 @@ def _row(src: _End, dst: _End, edge: _Seen) -> dict[str, Any]:
         "protocol": "http" if edge.requests else "tcp",
         "counts": whole,
         "open": round(edge.open),
+        "control": edge.control,
     }

@@ -28,7 +28,7 @@ class World:
     async def set(self, snapshot: Snapshot) -> None:
         async with self._changed:
             self.snapshot, self._known = snapshot, True
-            self.addresses = Addresses.of(snapshot, self._router)
+            self.addresses = Addresses.of(snapshot, self._router, self.addresses)
             self._changed.notify_all()
 
     @property
