@@ -67,7 +67,7 @@ pub(crate) fn run(env: impl Fn(&str) -> Option<String>) -> ExitCode {
 fn serve(config: Arc<Config>, original_dst: OriginalDst) -> io::Result<()> {
     let (shutdown, drain) = drain::channel();
     let listeners = (0..config.cores).map(|_| Listeners::bind(&config)).collect::<io::Result<Vec<_>>>()?;
-    let control = control::start(config.clone(), shutdown.clone())?;
+    let control = control::start(config.clone(), shutdown.clone(), drain.clone())?;
     let mut threads = Vec::new();
     let mut signals = Some(shutdown);
     for (n, listeners) in listeners.into_iter().enumerate() {
@@ -90,7 +90,10 @@ impl Listeners {
             let explain = |error: io::Error| io::Error::new(error.kind(), format!("{what} address {addr}: {error}"));
             socket::listen(addr, config.cores > 1).map_err(explain)
         };
-        Ok(Self { outbound: bind(config.outbound_listen, "outbound")?, inbound: bind(config.inbound_listen, "inbound")? })
+        Ok(Self {
+            outbound: bind(config.outbound_listen, "outbound")?,
+            inbound: bind(config.inbound_listen, "inbound")?,
+        })
     }
 }
 
@@ -172,7 +175,8 @@ impl Thread {
     fn new(config: Arc<Config>, control: Control, drain: Drain, original_dst: OriginalDst) -> Self {
         let listen = [config.outbound_listen, config.inbound_listen, config.control_listen, config.admin_listen];
         let own_ports = listen.map(|addr| addr.port());
-        let (links, active, random) = (Links::default(), Active::default(), Random::new());
+        let dial = Dial { mark: config.outbound_mark, timeout: config.outbound_connect_timeout };
+        let (links, active, random) = (Links::new(dial), Active::default(), Random::new());
         Self { config, control, links, active, drain, random, original_dst, own_ports }
     }
 

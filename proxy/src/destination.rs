@@ -3,7 +3,7 @@
 //!
 //! One per (thread, destination), shared by all connections to it. Decides which endpoint is next; connects to none.
 
-use std::cell::{Cell, RefCell, RefMut};
+use std::cell::{Cell, OnceCell, RefCell, RefMut};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::app::Thread;
 use crate::discovery::Target;
-use crate::metrics::{Http, Side, Transport};
+use crate::metrics::{Http, Labels, Metrics, Side, Transport};
 use crate::record;
 use crate::upstream::{self, Route};
 
@@ -40,7 +40,15 @@ struct Live {
 pub(crate) struct Reach {
     pub(crate) route: Route,
     pub(crate) transport: Arc<Transport>,
-    pub(crate) http: Arc<Http>,
+    labels: Labels,
+    http: OnceCell<Arc<Http>>,
+}
+
+impl Reach {
+    /// The HTTP counters; made at the first request, so that opaque ports have none.
+    pub(crate) fn http(&self, metrics: &Metrics) -> Arc<Http> {
+        self.http.get_or_init(|| metrics.http(&self.labels)).clone()
+    }
 }
 
 impl Destination {
@@ -115,9 +123,8 @@ impl Destination {
         let route = upstream::route(cx, &node.endpoint)?;
         let authority = live.target.outbound.borrow().as_ref().ok().and_then(|outbound| outbound.authority.clone());
         let labels = record::outbound_dst(&node.endpoint, route.tls.clone(), authority);
-        let metrics = &cx.control.metrics;
-        let (transport, http) = (metrics.transport(Side::Dst, &labels), metrics.http(&labels));
-        let reach = Rc::new(Reach { route, transport, http });
+        let transport = cx.control.metrics.transport(Side::Dst, &labels);
+        let reach = Rc::new(Reach { route, transport, labels, http: OnceCell::new() });
         live.reaches.push((node.clone(), reach.clone()));
         Ok(reach)
     }

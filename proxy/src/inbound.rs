@@ -4,6 +4,8 @@
 //! application → relay, HTTP/1 or HTTP/2 → one record. Only the pod's own address is dialled, never one from the wire,
 //! and never without a `Permit`, which is asked for again when the policy changes.
 
+mod requests;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
@@ -18,37 +20,52 @@ use bytes::BytesMut;
 use mantle_proxy_core::client_hello::{self, ClientHello};
 use mantle_proxy_core::detect::Detected;
 use mantle_proxy_core::model::{PeerId, Protocol, ServerPolicy};
+use mantle_proxy_core::mux::Open;
 use mantle_proxy_core::policy::{self, ClientTls, Permit};
-use mantle_proxy_core::reasons::{Denied, NoTls, Unroutable};
+use mantle_proxy_core::reasons::{Denied, NoTls, StreamReset, Unroutable};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::task::spawn_local;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use crate::app::Thread;
 use crate::discovery::PortPolicy;
-use crate::link::{LinkHint, MuxStream};
+use crate::http1;
+use crate::link::{self, LinkHint, MuxStream};
 use crate::metrics::{Direction, Layer, TlsLabel};
+use crate::pool::Pool;
 use crate::record::{self, Conn};
 use crate::relay::{Ahead, Origin, read_more, relay};
 use crate::sniff::{Understood, understand};
 use crate::socket::{self, Dial};
-use crate::tls::{self, ALPN_MUX, Credentials};
+use crate::tls::{self, ALPN_MUX};
+use requests::{PortUse, Requests};
 
 /// The inbound side of one data thread.
 pub(crate) struct Inbound {
     cx: Rc<Thread>,
     ports: RefCell<HashMap<SocketAddr, Rc<Port>>>,
+    /// Connections to the application between requests: of one client and one port.
+    pool: Pool<(Who, SocketAddr), Server>,
 }
 
-/// Who is at the other end, as far as it was proved.
-#[derive(Clone)]
+/// Who may share a connection to the application.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Who {
+    Identity(PeerId),
+    Address(IpAddr),
+}
+
+/// Who is at the other end of an accepted connection, as far as it was proved.
 pub(crate) struct Client {
-    pub(crate) addr: SocketAddr,
-    pub(crate) tls: TlsLabel,
-    pub(crate) id: Option<PeerId>,
+    addr: SocketAddr,
+    tls: TlsLabel,
+    id: Option<PeerId>,
+    /// What is kept for each port whose HTTP this connection carries.
+    http: RefCell<HashMap<SocketAddr, Rc<PortUse>>>,
 }
 
 /// What a connection or stream is for: a port of this pod, with the policy in force there.
@@ -91,25 +108,25 @@ pub(crate) struct Server {
 
 impl Inbound {
     pub(crate) fn new(cx: Rc<Thread>) -> Self {
-        Self { cx, ports: RefCell::default() }
+        Self { cx, ports: RefCell::default(), pool: Pool::new() }
     }
 
     /// Serves one connection until it ends.
-    pub(crate) async fn serve(&self, io: TcpStream, peer: SocketAddr) {
+    pub(crate) async fn serve(self: &Rc<Self>, io: TcpStream, peer: SocketAddr) {
         if let Err(why) = self.carry(io, peer).await {
             self.cx.control.metrics.error(Direction::Inbound, Layer::Tcp, why.label());
             debug!(client = %peer, reason = why.label(), "inbound connection refused");
         }
     }
 
-    async fn carry(&self, mut io: TcpStream, peer: SocketAddr) -> Result<(), Refused> {
+    async fn carry(self: &Rc<Self>, mut io: TcpStream, peer: SocketAddr) -> Result<(), Refused> {
         let original = (self.cx.original_dst)(&io).map_err(|_| Denied::Loop)?;
         if original.port() == self.cx.config.inbound_listen.port() {
             return self.mesh_only(io, peer, original.ip()).await;
         }
         let port = self.port(original)?;
         let policy = port.policy.clone().known().await?;
-        let mut client = Client { addr: peer, tls: TlsLabel::None(NoTls::NotProvidedByRemote), id: None };
+        let mut client = Client::new(peer, TlsLabel::None(NoTls::NotProvidedByRemote), None);
         if policy.protocol == Protocol::Opaque {
             client.tls = TlsLabel::None(NoTls::PortSkipped);
             return self.tcp(&mut io, &client, &port, BytesMut::new(), Understood::known(Detected::Opaque)).await;
@@ -121,7 +138,8 @@ impl Inbound {
         }
         match self.client_hello(&mut io, &mut seen).await {
             ClientHello::Hello { sni } if sni.as_deref() == Some(&*self.cx.config.identity.local_name) => {
-                let mut tls = self.terminate(io, &seen, |credentials| credentials.server_plain.clone()).await?;
+                let credentials = self.cx.credentials().map_err(|_| Denied::IdentityRequired)?;
+                let mut tls = self.terminate(io, &seen, credentials.server_plain.clone()).await?;
                 let client = Client::proved_by(peer, &tls);
                 let mut seen = BytesMut::new();
                 let understood = self.understand(&mut tls, &mut seen, &client, &port, &policy, HEAD_START).await?;
@@ -137,18 +155,55 @@ impl Inbound {
     }
 
     /// A connection to the proxy's own port: mesh TLS with a client identity, or nothing. Carries streams to any port.
-    async fn mesh_only(&self, io: TcpStream, peer: SocketAddr, own: IpAddr) -> Result<(), Refused> {
-        let tls = self.terminate(io, &[], |credentials| credentials.server_link.clone()).await?;
-        let client = Client::proved_by(peer, &tls);
+    async fn mesh_only(self: &Rc<Self>, io: TcpStream, peer: SocketAddr, own: IpAddr) -> Result<(), Refused> {
+        let mut renewed = self.cx.control.credentials.clone();
+        let credentials = self.cx.credentials().map_err(|_| Denied::IdentityRequired)?;
+        renewed.mark_unchanged();
+        let tls = self.terminate(io, &[], credentials.server_link.clone()).await?;
+        let client = Rc::new(Client::proved_by(peer, &tls));
         if client.id.is_none() || tls.get_ref().1.alpn_protocol() != Some(ALPN_MUX) {
             return Err(Denied::IdentityRequired.into());
         }
-        todo!("link::serve {own}")
+        let accept = |open: Arc<Open>, stream: MuxStream| {
+            let (this, client, guard) = (self.clone(), client.clone(), self.cx.active.guard());
+            spawn_local(async move {
+                this.serve_stream(stream, &client, SocketAddr::new(own, open.port), open.protocol).await;
+                drop(guard);
+            });
+        };
+        let mut drain = self.cx.drain.clone();
+        let goes = async {
+            tokio::select! {
+                () = drain.draining() => {}
+                changed = renewed.changed() => if changed.is_err() { std::future::pending().await },
+            }
+        };
+        let closed = link::serve(tls, &credentials, accept, goes).await;
+        debug!(client = %peer, reason = closed.label(), "inbound link closed");
+        Ok(())
     }
 
-    /// A stream that a mesh peer opened to `port` of this pod. Its hint is the peer's word: it may spare detection, but
-    /// never make HTTP opaque, or a peer could bring its own identity headers past the parser.
-    async fn stream(&self, mut io: MuxStream, client: &Client, port: &Port, hint: LinkHint) -> Result<(), Refused> {
+    /// A stream that a mesh peer opened; one that is not carried is reset with the reason.
+    async fn serve_stream(&self, mut io: MuxStream, client: &Client, addr: SocketAddr, hint: LinkHint) {
+        let Err(why) = self.stream(&mut io, client, addr, hint).await else { return };
+        self.cx.control.metrics.error(Direction::Inbound, Layer::Tcp, why.label());
+        debug!(client = %client.addr, port = addr.port(), reason = why.label(), "inbound stream refused");
+        io.reset(match why {
+            Refused::Policy(_) => StreamReset::Denied,
+            Refused::App(_) => StreamReset::ConnectFailed,
+        });
+    }
+
+    /// The hint is the peer's word: it may spare detection, but never make HTTP opaque, or a peer could bring identity
+    /// headers of its own past the parser.
+    async fn stream(
+        &self,
+        io: &mut MuxStream,
+        client: &Client,
+        addr: SocketAddr,
+        hint: LinkHint,
+    ) -> Result<(), Refused> {
+        let port = self.port(addr)?;
         let policy = port.policy.clone().known().await?;
         let mut seen = BytesMut::new();
         let understood = match (policy.protocol, hint) {
@@ -156,11 +211,11 @@ impl Inbound {
             (Protocol::Http1, _) | (Protocol::Detect, LinkHint::Http1) => Understood::known(Detected::Http1),
             (Protocol::Http2, _) | (Protocol::Detect, LinkHint::Http2) => Understood::known(Detected::Http2),
             // the peer has waited for its client already
-            (Protocol::Detect, LinkHint::Opaque) => {
-                self.understand(&mut io, &mut seen, client, port, &policy, Duration::ZERO).await?
+            (Protocol::Detect, LinkHint::Opaque | LinkHint::Tls | LinkHint::Detect) => {
+                self.understand(io, &mut seen, client, &port, &policy, Duration::ZERO).await?
             }
         };
-        self.understood(&mut io, client, port, seen, understood).await
+        self.understood(io, client, &port, seen, understood).await
     }
 
     /// The port that a connection or stream is for. Own addresses only, and none of the proxy's own ports.
@@ -194,7 +249,7 @@ impl Inbound {
         let limit = policy.detect_timeout;
         let early = async {
             match self.permit(client, port) {
-                Ok(permit) => self.dial(&permit, client, port).await,
+                Ok(permit) => self.dial(&permit, port).await,
                 Err(_) => std::future::pending().await,
             }
         };
@@ -214,8 +269,13 @@ impl Inbound {
         C: AsyncRead + AsyncWrite + Unpin,
     {
         match understood.detected {
-            Detected::Http1 | Detected::Http2 => todo!(),
-            Detected::Opaque | Detected::Tls | Detected::NeedMore => {
+            Detected::Http1 => {
+                let requests = Requests::new(self, client, port);
+                let end = http1::serve(io, seen, &requests, &mut self.cx.drain.clone()).await;
+                debug!(client = %client.addr, port = port.addr.port(), ?end, "inbound HTTP/1 connection closed");
+                Ok(())
+            }
+            Detected::Http2 | Detected::Opaque | Detected::Tls | Detected::NeedMore => {
                 self.tcp(io, client, port, seen, understood).await
             }
         }
@@ -236,12 +296,12 @@ impl Inbound {
         let permit = self.permit(client, port)?;
         let mut server = match understood.early {
             Some(early) => early,
-            None => self.dial(&permit, client, port).await?,
+            None => self.dial(&permit, port).await?,
         };
         if !understood.from_server.is_empty() {
             port.server_first.set(true);
         }
-        let src = Conn::open(record::inbound_src(&self.cx.control.metrics, port.addr, &client.tls, &permit));
+        let src = Conn::open(record::inbound_src(&self.cx.control.metrics, port.addr, &client.tls, permit.policy()));
         let _edge = self.cx.control.edges.opened(client.addr.ip(), port.addr.port(), &client.tls);
         let ahead = Ahead { from_client: seen.freeze(), from_server: understood.from_server.freeze() };
         let Server { io: app, conn: dst } = &mut server;
@@ -279,14 +339,15 @@ impl Inbound {
 
     /// Forgets ports that nothing uses. Called every few seconds.
     pub(crate) fn sweep(&self) {
+        self.pool.sweep();
         self.ports.borrow_mut().retain(|_, port| Rc::strong_count(port) > 1);
     }
 
     /// Connects to the application, which needs a permit.
-    async fn dial(&self, _permit: &Permit, _client: &Client, port: &Port) -> Result<Server, Refused> {
+    async fn dial(&self, _permit: &Permit, port: &Port) -> Result<Server, Refused> {
         let dial = Dial { mark: self.cx.config.outbound_mark, timeout: self.cx.config.inbound_connect_timeout };
         let io = socket::connect(port.addr, dial).await.map_err(|_| Refused::App(Unroutable::ConnectFailed))?;
-        Ok(Server { io, conn: Conn::open(record::inbound_dst(&self.cx.control.metrics, port.addr)) })
+        Ok(Server { io, conn: Conn::open(record::inbound_dst(&self.cx.control.metrics)) })
     }
 
     /// Reads until the ClientHello is whole or proves to be none.
@@ -310,9 +371,8 @@ impl Inbound {
         &self,
         io: TcpStream,
         seen: &[u8],
-        config: impl FnOnce(&Credentials) -> Arc<ServerConfig>,
+        config: Arc<ServerConfig>,
     ) -> Result<TlsStream<TcpStream>, Denied> {
-        let config = config(&*self.cx.credentials().map_err(|_| Denied::IdentityRequired)?);
         let mut ahead = seen;
         let handshake = TlsAcceptor::from(config).accept_with(io, |session| {
             while !ahead.is_empty() && session.read_tls(&mut ahead).is_ok_and(|n| n > 0) {
@@ -327,12 +387,20 @@ impl Inbound {
 }
 
 impl Client {
+    fn new(addr: SocketAddr, tls: TlsLabel, id: Option<PeerId>) -> Self {
+        Self { addr, tls, id, http: RefCell::default() }
+    }
+
+    fn who(&self) -> Who {
+        self.id.clone().map_or(Who::Address(self.addr.ip()), Who::Identity)
+    }
+
     /// The client at the other end of a finished handshake.
     fn proved_by(addr: SocketAddr, tls: &TlsStream<TcpStream>) -> Self {
         let leaf = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         let id = leaf.and_then(tls::peer_id);
         let name = id.as_ref().map_or_else(|| "".into(), |id| id.dns.clone());
-        Self { addr, tls: TlsLabel::Mutual(name), id }
+        Self::new(addr, TlsLabel::Mutual(name), id)
     }
 
     fn proved(&self) -> ClientTls<'_> {

@@ -5,26 +5,41 @@
 
 use std::process::ExitCode;
 
+mod admin;
+mod app;
+mod config;
+mod control;
+mod destination;
+mod discovery;
 mod drain;
+mod edges;
+mod http1;
+mod identity;
+mod inbound;
 mod link;
+mod metrics;
+mod outbound;
 mod pool;
+mod record;
 mod redirect;
 mod relay;
 mod sniff;
 mod socket;
+mod tap;
 mod tls;
+mod upstream;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-const USAGE: &str =
-    "usage: mantle-proxy [run]                        serve, configured by MANTLE_PROXY_* in the environment
+const USAGE: &str = "usage: mantle-proxy [run]                        serve, configured by MANTLE_PROXY_* in the environment
        mantle-proxy redirect install|verify|remove  the packet rules that bring a pod's traffic (--help)
        mantle-proxy --version";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.first().map(String::as_str) {
+        None | Some("run") => app::run(|name| std::env::var(name).ok()),
         Some("redirect") => redirect::main(&args[1..]),
         Some("--version") => {
             println!("mantle-proxy {}", env!("CARGO_PKG_VERSION"));
@@ -34,7 +49,6 @@ fn main() -> ExitCode {
             println!("{USAGE}");
             ExitCode::SUCCESS
         }
-        None | Some("run") => ExitCode::FAILURE,
         Some(other) => {
             eprintln!("mantle-proxy: unknown command {other:?}\n{USAGE}");
             ExitCode::from(2)

@@ -3,6 +3,8 @@
 //! accept → original destination → its meaning → first bytes (while the server side is prepared) → endpoint → stream →
 //! relay, HTTP/1 or HTTP/2 → one record. Each arm ends with a typed reason.
 
+mod requests;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
@@ -22,35 +24,49 @@ use tokio::net::TcpStream;
 use tracing::debug;
 
 use crate::app::Thread;
-use crate::destination::Destination;
+use crate::destination::{Destination, Reach};
+use crate::http1;
 use crate::link::LinkHint;
-use crate::metrics::{Direction, Layer};
+use crate::metrics::{Direction, Layer, TlsLabel};
+use crate::pool::Pool;
 use crate::record::{self, Conn};
 use crate::relay::{Ahead, Origin, relay};
 use crate::sniff::{Understood, understand};
 use crate::upstream::{self, Upstream};
+use requests::Requests;
 
 /// The outbound side of one data thread.
 pub(crate) struct Outbound {
     cx: Rc<Thread>,
     known: RefCell<HashMap<SocketAddr, Rc<Destination>>>,
+    /// Connections without a link, between HTTP/1 requests.
+    pool: Pool<(SocketAddr, TlsLabel), Idle>,
 }
 
 /// A stream to an endpoint, and who it is.
 pub(crate) struct Opened {
-    pub(crate) io: Upstream,
-    pub(crate) ticket: Ticket,
-    pub(crate) conn: Conn,
+    io: Upstream,
+    conn: Conn,
+    ticket: Ticket,
+    /// It has carried another request before.
+    reused: bool,
 }
 
-/// One request or connection under way at an endpoint; dropping it tells the balancer.
+/// One request or connection under way at an endpoint; the balancer hears of its first answer, or of its end.
 pub(crate) struct Ticket {
-    pub(crate) node: Rc<Node>,
+    node: Rc<Node>,
+    reach: Rc<Reach>,
+    answered: bool,
+}
+
+struct Idle {
+    io: Upstream,
+    conn: Conn,
 }
 
 impl Outbound {
     pub(crate) fn new(cx: Rc<Thread>) -> Self {
-        Self { cx, known: RefCell::default() }
+        Self { cx, known: RefCell::default(), pool: Pool::new() }
     }
 
     /// Serves one redirected connection until it ends.
@@ -76,9 +92,13 @@ impl Outbound {
             Protocol::Opaque | Protocol::Tls => Understood::known(Detected::Opaque),
         };
         match understood.detected {
-            Detected::Http1 => self.tcp(&mut io, peer, &src, seen, &dst, understood).await,
-            Detected::Http2 => self.tcp(&mut io, peer, &src, seen, &dst, understood).await,
-            Detected::Opaque | Detected::Tls | Detected::NeedMore => {
+            Detected::Http1 => {
+                let requests = Requests { out: self, dst: &dst, client: peer, src: &src };
+                let end = http1::serve(&mut io, seen, &requests, &mut self.cx.drain.clone()).await;
+                debug!(client = %peer, dst = %dst.original, ?end, "outbound HTTP/1 connection closed");
+                Ok(())
+            }
+            Detected::Http2 | Detected::Opaque | Detected::Tls | Detected::NeedMore => {
                 self.tcp(&mut io, peer, &src, seen, &dst, understood).await
             }
         }
@@ -103,6 +123,7 @@ impl Outbound {
 
     /// Forgets destinations that nothing has used for a while. Called every few seconds.
     pub(crate) fn sweep(&self) {
+        self.pool.sweep();
         self.known.borrow_mut().retain(|_, dst| Rc::strong_count(dst) > 1 || dst.unused_for() < FORGET_AFTER);
     }
 
@@ -138,25 +159,55 @@ impl Outbound {
     }
 
     /// A stream to an endpoint; another endpoint is tried when one cannot be reached.
-    pub(crate) async fn connect(&self, dst: &Destination, hint: LinkHint) -> Result<Opened, Unroutable> {
+    async fn connect(&self, dst: &Destination, hint: LinkHint) -> Result<Opened, Unroutable> {
         let mut attempt = 1;
         loop {
             let node = dst.pick(|| self.cx.random.next()).await?;
             let reach = dst.reach(&self.cx, &node)?;
             node.start();
-            match upstream::open(&self.cx, &node.endpoint, &reach.route, hint).await {
+            let ticket = Ticket { node, reach, answered: false };
+            if let (LinkHint::Http1, Some(Idle { io, conn })) = (hint, self.pool.take(&ticket.key())) {
+                return Ok(Opened { io, conn, ticket, reused: true });
+            }
+            match upstream::open(&self.cx, &ticket.node.endpoint, &ticket.reach.route, hint).await {
                 Ok(io) => {
-                    let conn = Conn::open(reach.transport.clone());
-                    return Ok(Opened { io, conn, ticket: Ticket { node } });
+                    let conn = Conn::open(ticket.reach.transport.clone());
+                    return Ok(Opened { io, conn, ticket, reused: false });
                 }
-                Err(why) if attempt >= ATTEMPTS.min(dst.endpoints()) => {
-                    node.fail(dst.now());
-                    return Err(why);
+                Err(why) => {
+                    ticket.failed(dst.now());
+                    if attempt >= ATTEMPTS.min(dst.endpoints()) {
+                        return Err(why);
+                    }
                 }
-                Err(_) => node.fail(dst.now()),
             }
             attempt += 1;
         }
+    }
+
+    /// Keeps a connection for the next request; a stream of a link has no next one.
+    fn keep(&self, ticket: Ticket, conn: Conn, io: Upstream) {
+        if !matches!(io, Upstream::Mux(_)) {
+            self.pool.put(ticket.key(), Idle { io, conn });
+        }
+    }
+}
+
+impl Ticket {
+    /// Whose idle connections may carry this request: the same address, secured the same way.
+    fn key(&self) -> (SocketAddr, TlsLabel) {
+        (self.node.endpoint.addr, self.reach.route.tls.clone())
+    }
+
+    fn responded(&mut self, now: Duration, after: Duration) {
+        if !std::mem::replace(&mut self.answered, true) {
+            self.node.finish(now, after);
+        }
+    }
+
+    fn failed(mut self, now: Duration) {
+        self.answered = true;
+        self.node.fail(now);
     }
 }
 
@@ -166,9 +217,17 @@ impl AsyncRead for Opened {
     }
 }
 
+impl AsyncRead for Idle {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().io).poll_read(cx, buf)
+    }
+}
+
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.node.cancel();
+        if !self.answered {
+            self.node.cancel();
+        }
     }
 }
 

@@ -7,12 +7,14 @@ use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
-use mantle_proxy_core::model::Endpoint;
+use mantle_proxy_core::model::{Endpoint, ServerPolicy};
 use mantle_proxy_core::policy::Permit;
 use mantle_proxy_core::reasons::NoTls;
 
-use crate::metrics::{Direction, Labels, Metrics, PolicyLabels, Side, TlsLabel, Transport};
+use crate::metrics::{Direction, Http, Labels, Metrics, Outcome, PolicyLabels, Side, TlsLabel, Transport};
+use crate::tap::{TapStream, VisitHeaders};
 
 /// One side of a connection: counted as opened when made and as closed when dropped.
 pub(crate) struct Conn {
@@ -46,6 +48,62 @@ impl Drop for Conn {
     }
 }
 
+/// One HTTP request, from its head to the end of its response; dropped early, it counts as failed.
+pub(crate) struct Request {
+    http: Arc<Http>,
+    tap: Option<TapStream>,
+    began: Instant,
+    responded: Option<Instant>,
+    status: u16,
+    bytes: u64,
+    over: bool,
+}
+
+impl Request {
+    /// `tap` is there if someone watches it.
+    pub(crate) fn begin(http: Arc<Http>, tap: Option<TapStream>) -> Self {
+        http.request();
+        Self { http, tap, began: Instant::now(), responded: None, status: 0, bytes: 0, over: false }
+    }
+
+    /// The head of the final response is here.
+    pub(crate) fn response(&mut self, status: u16, headers: VisitHeaders<'_>) {
+        self.status = status;
+        self.responded = Some(Instant::now());
+        if let Some(tap) = &mut self.tap {
+            tap.response(status, headers, self.began.elapsed());
+        }
+    }
+
+    /// Bytes of the response's body.
+    pub(crate) fn body(&mut self, bytes: u64) {
+        self.bytes += bytes;
+    }
+
+    /// The exchange is over; `failed`: without a complete response.
+    pub(crate) fn end(mut self, failed: bool) {
+        self.finish(failed);
+    }
+
+    fn finish(&mut self, failed: bool) {
+        if std::mem::replace(&mut self.over, true) {
+            return;
+        }
+        let outcome = Outcome { status: self.status, grpc: None, failed };
+        let (latency, since) = (self.began.elapsed(), self.responded.map(|at| at.elapsed()).unwrap_or_default());
+        self.http.response(outcome, latency);
+        if let Some(tap) = self.tap.take() {
+            tap.end(outcome, self.bytes, latency, since);
+        }
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        self.finish(true);
+    }
+}
+
 /// The accepted side of an outbound connection to `original`.
 pub(crate) fn outbound_src(metrics: &Metrics, original: SocketAddr) -> Arc<Transport> {
     metrics.transport(Side::Src, &labels(Direction::Outbound, original, TlsLabel::None(NoTls::Loopback)))
@@ -58,14 +116,27 @@ pub(crate) fn outbound_dst(endpoint: &Endpoint, tls: TlsLabel, authority: Option
 }
 
 /// The accepted side of an inbound connection to the pod's own `addr`.
-pub(crate) fn inbound_src(metrics: &Metrics, addr: SocketAddr, tls: &TlsLabel, permit: &Permit) -> Arc<Transport> {
-    let policy = Some(Arc::new(policy_labels(addr.port(), permit, false)));
+pub(crate) fn inbound_src(
+    metrics: &Metrics,
+    addr: SocketAddr,
+    tls: &TlsLabel,
+    policy: &ServerPolicy,
+) -> Arc<Transport> {
+    let srv = [&policy.group, &policy.kind, &policy.name].map(|name| Arc::from(name.as_str()));
+    let policy = Some(Arc::new(PolicyLabels { srv, srv_port: addr.port(), route: None, authz: None }));
     metrics.transport(Side::Src, &Labels { policy, ..labels(Direction::Inbound, addr, tls.clone()) })
 }
 
-/// The dialled side of an inbound connection: the application.
-pub(crate) fn inbound_dst(metrics: &Metrics, addr: SocketAddr) -> Arc<Transport> {
-    metrics.transport(Side::Dst, &labels(Direction::Inbound, addr, TlsLabel::None(NoTls::Loopback)))
+/// An inbound request, admitted by `permit`.
+pub(crate) fn inbound_request(addr: SocketAddr, tls: &TlsLabel, permit: &Permit) -> Labels {
+    let policy = Some(Arc::new(policy_labels(addr.port(), permit, true)));
+    Labels { policy, ..labels(Direction::Inbound, addr, tls.clone()) }
+}
+
+/// The dialled side of inbound connections: the application, whose address no label shows.
+pub(crate) fn inbound_dst(metrics: &Metrics) -> Arc<Transport> {
+    let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+    metrics.transport(Side::Dst, &labels(Direction::Inbound, nowhere, TlsLabel::None(NoTls::Loopback)))
 }
 
 /// The names of the policy that admitted someone to `port`.
@@ -79,6 +150,6 @@ pub(crate) fn policy_labels(port: u16, permit: &Permit, http: bool) -> PolicyLab
     }
 }
 
-fn labels(direction: Direction, target: SocketAddr, tls: TlsLabel) -> Labels {
+pub(crate) fn labels(direction: Direction, target: SocketAddr, tls: TlsLabel) -> Labels {
     Labels { direction, target, authority: None, tls, dst: Arc::new([]), policy: None }
 }

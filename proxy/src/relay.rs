@@ -65,6 +65,26 @@ pub(crate) async fn read_more<R: AsyncRead + Unpin>(r: &mut R, buf: &mut BytesMu
     .await
 }
 
+/// Lends the thread's scratch area for one poll.
+pub(crate) fn with_scratch<T>(work: impl FnOnce(&mut [u8]) -> T) -> T {
+    SCRATCH.with_borrow_mut(|scratch| work(scratch))
+}
+
+/// Reads what has arrived into `scratch`; no bytes mean that the other side has ended.
+///
+/// # Errors
+/// The read failed.
+pub(crate) fn poll_read_into<'a, R: AsyncRead + Unpin>(
+    cx: &mut Context<'_>,
+    r: &mut R,
+    scratch: &'a mut [u8],
+) -> Poll<io::Result<&'a [u8]>> {
+    let mut buf = ReadBuf::new(scratch);
+    ready!(Pin::new(r).poll_read(cx, &mut buf))?;
+    let n = buf.filled().len();
+    Poll::Ready(Ok(&scratch[..n]))
+}
+
 /// Bytes that were read from each side before the relay began.
 #[derive(Default)]
 pub(crate) struct Ahead {

@@ -20,7 +20,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::app::Thread;
-use crate::link::{LinkHint, MuxStream};
+use crate::link::{LinkHint, MuxStream, handshake_failure};
 use crate::metrics::TlsLabel;
 use crate::socket::{self, Dial};
 use crate::tls::Credentials;
@@ -77,23 +77,17 @@ async fn connect(addr: SocketAddr, dial: Dial) -> Result<TcpStream, Unroutable> 
 }
 
 /// Mesh TLS without ALPN; the server must prove to be `identity`.
-async fn handshake(tcp: TcpStream, identity: &Arc<str>, with: &Credentials) -> Result<TlsStream<TcpStream>, Unroutable> {
+async fn handshake(
+    tcp: TcpStream,
+    identity: &Arc<str>,
+    with: &Credentials,
+) -> Result<TlsStream<TcpStream>, Unroutable> {
     let name = ServerName::try_from(identity.to_string()).map_err(|_| Unroutable::InvalidIdentity)?;
     let handshake = TlsConnector::from(with.client_plain.clone()).connect(name, tcp);
     match tokio::time::timeout(HANDSHAKE, handshake).await {
         Ok(Ok(tls)) => Ok(tls),
         Ok(Err(error)) => Err(handshake_failure(&error)),
         Err(_) => Err(Unroutable::TlsFailed),
-    }
-}
-
-/// A wrong or unverifiable certificate is told from any other failure of a handshake.
-pub(crate) fn handshake_failure(error: &io::Error) -> Unroutable {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented) => {
-            Unroutable::IdentityMismatch
-        }
-        _ => Unroutable::TlsFailed,
     }
 }
 

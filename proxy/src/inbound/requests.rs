@@ -1,0 +1,175 @@
+//! Inbound HTTP/1: each request is judged on its own and carried to the application on a pooled connection.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mantle_proxy_core::http1::{Connection, Edit, Request};
+use mantle_proxy_core::policy::{self, Permit};
+use mantle_proxy_core::reasons::Denied;
+use tokio::net::TcpStream;
+
+use super::{Client, Inbound, Port, Refused, Server};
+use crate::edges::EdgeGuard;
+use crate::http1::{self, Refusal, Service};
+use crate::metrics::{Counter, Direction, Http, Labels, Layer, Verdict};
+use crate::record::{self, Conn};
+use crate::relay::Origin;
+use crate::tap::{TapRequest, TapStream};
+
+/// The requests of one client connection (or link) for one port.
+pub(super) struct Requests<'a> {
+    inbound: &'a Inbound,
+    client: &'a Client,
+    port: &'a Port,
+    used: Rc<PortUse>,
+}
+
+/// What one client connection keeps while it uses a port over HTTP: counted as one connection, with resolved handles.
+pub(super) struct PortUse {
+    src: Option<Conn>,
+    _edge: EdgeGuard,
+    /// By permit; the few routes and authorizations that one client meets.
+    handles: RefCell<Vec<(Permit, Rc<Handles>)>>,
+}
+
+struct Handles {
+    http: Arc<Http>,
+    allowed: Arc<Counter>,
+}
+
+impl<'a> Requests<'a> {
+    pub(super) fn new(inbound: &'a Inbound, client: &'a Client, port: &'a Port) -> Self {
+        let mut uses = client.http.borrow_mut();
+        let used = uses.entry(port.addr).or_insert_with(|| {
+            let control = &inbound.cx.control;
+            let src = port
+                .policy
+                .now()
+                .map(|policy| Conn::open(record::inbound_src(&control.metrics, port.addr, &client.tls, &policy)));
+            let edge = control.edges.opened(client.addr.ip(), port.addr.port(), &client.tls);
+            Rc::new(PortUse { src, _edge: edge, handles: RefCell::default() })
+        });
+        Self { inbound, client, port, used: used.clone() }
+    }
+
+    /// May this client make this request? Asked for each, of the policy in force.
+    fn permit(&self, request: &Request<'_>) -> Result<Permit, Denied> {
+        let policy = self.port.policy.now().ok_or(Denied::PolicyUnavailable)?;
+        policy::authorize_request(&policy, self.client.addr.ip(), self.client.proved(), request.method, request.path)
+    }
+
+    fn handles(&self, permit: &Permit) -> Rc<Handles> {
+        let mut known = self.used.handles.borrow_mut();
+        let same = |other: &Permit| {
+            Arc::ptr_eq(other.policy(), permit.policy())
+                && other.route() == permit.route()
+                && other.authorization() == permit.authorization()
+        };
+        if let Some((_, handles)) = known.iter().find(|(other, _)| same(other)) {
+            return handles.clone();
+        }
+        let metrics = &self.inbound.cx.control.metrics;
+        let labels = record::inbound_request(self.port.addr, &self.client.tls, permit);
+        let allowed = metrics.authz(Verdict::HttpAllowed, &labels);
+        let handles = Rc::new(Handles { http: metrics.http(&labels), allowed });
+        known.retain(|(other, _)| Arc::ptr_eq(other.policy(), permit.policy())); // a new policy replaces the old one's
+        known.push((permit.clone(), handles.clone()));
+        handles
+    }
+
+    fn tap(&self, request: &Request<'_>) -> Option<TapStream> {
+        let taps = &self.inbound.cx.control.taps;
+        if !taps.active() {
+            return None;
+        }
+        let dst_labels: Arc<[(String, String)]> = Arc::new([]);
+        taps.open(&TapRequest {
+            direction: Direction::Inbound,
+            src: self.client.addr,
+            dst: self.port.addr,
+            tls: &self.client.tls,
+            dst_labels: &dst_labels,
+            method: request.method,
+            scheme: "http",
+            authority: request.authority.unwrap_or_default(),
+            path: request.path,
+            headers: &|visit| request.headers().for_each(|(name, value)| visit(name, value)),
+        })
+    }
+
+    /// The head as the application gets it: with who the client is, as far as it was proved here.
+    fn head(&self, request: &Request<'_>) -> Vec<u8> {
+        let mut head = Vec::with_capacity(request.head_len() + ADDED);
+        let address;
+        let mut add: [(&str, &str); 2] = [("", ""); 2];
+        let mut n = 0;
+        if let Some(id) = &self.client.id {
+            let name = if id.dns.is_empty() { id.spiffe.as_deref().unwrap_or_default() } else { &id.dns };
+            add[n] = ("l5d-client-id", name);
+            n += 1;
+        }
+        if self.inbound.cx.config.client_addr_ports.contains(self.port.addr.port()) {
+            address = self.client.addr.ip().to_string();
+            add[n] = ("mantle-client-addr", &address);
+            n += 1;
+        }
+        request.forward(&mut head, &Edit { strip_reserved: true, connection: Connection::Default, add: &add[..n] });
+        head
+    }
+}
+
+impl Service for Requests<'_> {
+    type Io = TcpStream;
+    type Ticket = Conn;
+
+    async fn open(&self, request: &Request<'_>) -> Result<http1::Opened<TcpStream, Conn>, Refusal> {
+        let permit = self.permit(request).map_err(|why| {
+            let labels: Labels = record::labels(Direction::Inbound, self.port.addr, self.client.tls.clone());
+            self.inbound.cx.control.metrics.authz(Verdict::HttpDenied, &labels).add(1);
+            refusal(Refused::Policy(why))
+        })?;
+        let handles = self.handles(&permit);
+        handles.allowed.add(1);
+        let record = record::Request::begin(handles.http.clone(), self.tap(request));
+        let head = self.head(request);
+        let idle = self.inbound.pool.take(&(self.client.who(), self.port.addr));
+        let stale = idle.is_some();
+        let Server { io, conn } = match idle {
+            Some(server) => server,
+            None => self.inbound.dial(&permit, self.port).await.map_err(refusal)?,
+        };
+        Ok(http1::Opened { io, ticket: conn, record, head, stale, half_close: false, strip_response: true })
+    }
+
+    fn responded(&self, _ticket: &mut Conn, _after: Duration) {}
+
+    fn reuse(&self, conn: Conn, io: TcpStream) {
+        self.inbound.pool.put((self.client.who(), self.port.addr), Server { io, conn });
+    }
+
+    fn meter(&self, conn: &Conn, origin: Origin, bytes: u64) {
+        let src = self.used.src.as_ref();
+        match origin {
+            Origin::Client => (src.map(|src| src.read(bytes)), conn.wrote(bytes)).1,
+            Origin::Server => (src.map(|src| src.wrote(bytes)), conn.read(bytes)).1,
+        }
+    }
+
+    fn refused(&self, refusal: Refusal) -> bool {
+        self.inbound.cx.control.metrics.error(Direction::Inbound, Layer::Http, refusal.reason);
+        self.client.id.is_some()
+    }
+}
+
+fn refusal(why: Refused) -> Refusal {
+    let status = match why {
+        Refused::Policy(Denied::RouteNotFound) => 404,
+        Refused::Policy(_) => 403,
+        Refused::App(_) => 502,
+    };
+    Refusal { status, reason: why.label() }
+}
+
+const ADDED: usize = 160;
