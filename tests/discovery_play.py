@@ -165,6 +165,7 @@ class Discovery:
     topics: Topics
     registry: CollectorRegistry
     channel: grpc.aio.Channel
+    target: str
 
     def open(self, method: str, request: Any, client: str = "web.emojivoto") -> Stream:
         """Opens a stream as the workload `client` (`service-account.namespace`; empty: no mutual TLS)."""
@@ -193,6 +194,7 @@ async def discovery(
     handlers = [destination.handler(shared), policy.outbound_handler(shared), policy.inbound_handler(shared)]
     async with grpc_server(("127.0.0.1", 0), handlers, grace=0.0) as port, asyncio.TaskGroup() as tasks:
         follower = tasks.create_task(topics.follow(platform.watch()))
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Discovery(platform, topics, registry, channel)
+        target = f"127.0.0.1:{port}"
+        async with grpc.aio.insecure_channel(target) as channel:
+            yield Discovery(platform, topics, registry, channel, target)
         follower.cancel()
