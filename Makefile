@@ -21,6 +21,7 @@ fmt: install
 
 gen: install
 	@.venv/bin/python scripts/gen.py
+	@.venv/bin/python scripts/docs.py
 
 bench: install
 	@scripts/bench.sh

@@ -24,6 +24,7 @@ check "ruff format" $bin/ruff format --check --quiet .
 check "mypy" $bin/mypy --no-error-summary
 check "import contracts" quietly $bin/lint-imports
 check "generated code" $bin/python scripts/gen.py --check
+check "generated docs" $bin/python scripts/docs.py --check
 check "house rules" $bin/python scripts/rules.py
 check "rustfmt" cargo fmt --manifest-path proxy/Cargo.toml --all --check
 check "clippy" cargo clippy $cargo --workspace --all-targets --locked -- -D warnings

@@ -43,6 +43,51 @@ def test_it_only_annotates_and_keeps_comments_order_and_quotes():
     assert result.stderr == '\ndeployment "web" injected\n\n'
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            "metadata:\n  name: a  # it\n",
+            "metadata:\n  name: a  # it\n  annotations:\n    mantle.dev/inject: enabled\n",
+        ),
+        ("metadata: {name:  a}\n", "metadata: {name:  a, annotations: {mantle.dev/inject: enabled}}\n"),
+        ("metadata: {}\n", "metadata: {annotations: {mantle.dev/inject: enabled}}\n"),
+        (
+            "metadata:\n  annotations:\n    x: y\n\n  # the name\n  name: a\n",
+            "metadata:\n  annotations:\n    x: y\n    mantle.dev/inject: enabled\n\n  # the name\n  name: a\n",
+        ),
+        (
+            "metadata:\n  annotations: { x: 'y' }\n",
+            "metadata:\n  annotations: { x: 'y', mantle.dev/inject: enabled }\n",
+        ),
+        (
+            "metadata:\n  annotations:\n    mantle.dev/inject: 'ingress' # why\n",
+            "metadata:\n  annotations:\n    mantle.dev/inject: enabled # why\n",
+        ),
+        (
+            "metadata:\n    annotations:\n        note: |\n            two\n            lines\n\n    name: a\n",
+            "metadata:\n    annotations:\n        note: |\n            two\n            lines\n"
+            "        mantle.dev/inject: enabled\n\n    name: a\n",
+        ),
+        ("", "metadata:\n  annotations:\n    mantle.dev/inject: enabled\n"),
+    ],
+)
+def test_only_the_annotation_changes_whatever_the_style(before: str, after: str):
+    odd = "spec: {containers:   [ {name: a, ports: [{containerPort: 80}]} ]}   # odd, and kept\n"
+    result = inject(f"{before}kind: Pod\n{odd}")
+    assert result.stdout == f"{after}kind: Pod\n{odd}"
+
+
+def test_styles_that_only_a_writer_can_change_are_still_injected():
+    for text in (
+        "kind: Pod\nmetadata:\n  annotations:\nspec: {containers: []}\n",
+        "kind: List\nitems:\n- &a {kind: Pod, spec: {containers: []}}\n- *a\n",
+    ):
+        result = inject(text)
+        assert result.return_value == 0
+        assert result.stdout.count("mantle.dev/inject: enabled") == 1
+
+
 def test_what_is_not_touched_comes_out_byte_for_byte():
     service = "---\n# odd   spacing\nkind:   Service\nmetadata: {name:   web-svc}\n"
     result = inject(service + "---\n" + WEB)

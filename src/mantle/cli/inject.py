@@ -172,8 +172,24 @@ def transform(documents: Sequence[Document], wish: Wish) -> tuple[list[Report], 
         made = list(inject_object(document.value, wish, namespaces))
         reports += made
         if any(report.verdict in (Verdict.INJECTED, Verdict.ANNOTATED) for report in made):
-            document.text = _dump(document)
+            document.text = (None if wish.manual else _edited(document, made)) or _dump(document)
     return reports, problems
+
+
+def _edited(document: Document, reports: Sequence[Report]) -> str | None:
+    """The document's text with only the annotations changed. None if that cannot be had: then a writer does it."""
+    from ruamel.yaml.error import MarkedYAMLError
+
+    from mantle.core.yaml_edit import annotate_text
+
+    head, _, body = document.text.partition("\n") if document.text.startswith("---\n") else ("", "", document.text)
+    try:
+        for report in reports:
+            body = annotate_text(body, report.path, report.annotations) if report.annotations else body
+        same = _yaml(body).load(body) == document.value
+    except (KeyError, MarkedYAMLError):
+        return None
+    return (head + "\n" if head else "") + body if same else None
 
 
 def _yaml(text: str) -> Any:

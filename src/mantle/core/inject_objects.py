@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mantle.core.annotations import INJECT, INJECT_VALUES, LABEL_COMPONENT, PREFIX, Mistake, read_config
@@ -46,6 +46,10 @@ class Report:
     mistakes: tuple[Mistake, ...] = ()
     error: str = ""
     udp: bool = False
+    path: tuple[str | int, ...] = ()
+    """Where, inside the document, the object is whose `metadata.annotations` were written."""
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    """What was written there."""
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.name}"
@@ -63,31 +67,43 @@ class Wish:
     """Render the sidecar with these values instead of asking for it by annotation."""
 
 
-def inject_object(obj: Any, wish: Wish, namespaces: Mapping[str, Mapping[str, Any]]) -> Iterator[Report]:
-    """Annotates or injects one object, each item of a `List` by itself. `namespaces`: Namespace objects by name."""
+def inject_object(
+    obj: Any, wish: Wish, namespaces: Mapping[str, Mapping[str, Any]], path: tuple[str | int, ...] = ()
+) -> Iterator[Report]:
+    """Annotates or injects one object, each item of a `List` by itself.
+
+    `namespaces`: Namespace objects by name. `path`: where `obj` is in its document.
+    """
     if not isinstance(obj, MutableMapping) or not obj.get("kind"):
         yield Report("", "", Verdict.SKIPPED)
         return
     kind = str(obj["kind"])
     if kind.endswith("List") and isinstance(obj.get("items"), list):
-        for item in obj["items"]:
-            yield from inject_object(item, wish, namespaces)
+        for index, item in enumerate(obj["items"]):
+            yield from inject_object(item, wish, namespaces, (*path, "items", index))
         return
     name = str((obj.get("metadata") or {}).get("name") or (obj.get("metadata") or {}).get("generateName") or "")
     if kind == "Namespace" and wish.manual is None:
-        _annotate(obj, {INJECT: wish.inject, **_prefixed(wish.settings)})
-        yield Report("namespace", name, Verdict.ANNOTATED)
+        written = {INJECT: wish.inject, **_prefixed(wish.settings)}
+        _annotate(obj, written)
+        yield Report("namespace", name, Verdict.ANNOTATED, path=path, annotations=written)
     elif kind == "Service" and "opaque-ports" in wish.settings:
-        _annotate(obj, {PREFIX + "opaque-ports": wish.settings["opaque-ports"]})
-        yield Report("service", name, Verdict.ANNOTATED)
+        written = {PREFIX + "opaque-ports": wish.settings["opaque-ports"]}
+        _annotate(obj, written)
+        yield Report("service", name, Verdict.ANNOTATED, path=path, annotations=written)
     elif kind in TEMPLATE_PATHS:
-        yield _inject_workload(obj, kind, name, wish, namespaces)
+        yield _inject_workload(obj, kind, name, wish, namespaces, path)
     else:
         yield Report(kind.lower(), name, Verdict.SKIPPED)
 
 
 def _inject_workload(
-    obj: MutableMapping[str, Any], kind: str, name: str, wish: Wish, namespaces: Mapping[str, Mapping[str, Any]]
+    obj: MutableMapping[str, Any],
+    kind: str,
+    name: str,
+    wish: Wish,
+    namespaces: Mapping[str, Mapping[str, Any]],
+    path: tuple[str | int, ...],
 ) -> Report:
     lower = kind.lower()
     template: Any = obj
@@ -106,9 +122,15 @@ def _inject_workload(
         return Report(lower, name, Verdict.SKIPPED, tuple(skips))
     namespace_name = str((obj.get("metadata") or {}).get("namespace") or "default")
     udp = has_udp_ports(template["spec"])
-    _annotate(template, {INJECT: wish.inject, **_prefixed(wish.settings)})
+    written = {INJECT: wish.inject, **_prefixed(wish.settings)}
     if wish.manual is None:
-        return _annotated(template, lower, name, own, udp)
+        failed = _wrong_annotations(template, lower, name, own)
+        if failed is None:
+            _annotate(template, written)
+            at = (*path, *TEMPLATE_PATHS[kind])
+            return Report(lower, name, Verdict.INJECTED, udp=udp, path=at, annotations=written)
+        return failed
+    _annotate(template, written)
     owner = None if kind == "Pod" else (kind, name)
     result = inject_pod(template, namespaces.get(namespace_name, {}), wish.manual, owner)
     if isinstance(result, Injected):
@@ -119,7 +141,7 @@ def _inject_workload(
     return Report(lower, name, Verdict.SKIPPED, result.reasons)
 
 
-def _annotated(template: Mapping[str, Any], kind: str, name: str, own: Mapping[str, str], udp: bool) -> Report:
+def _wrong_annotations(template: Mapping[str, Any], kind: str, name: str, own: Mapping[str, str]) -> Report | None:
     if LABEL_COMPONENT in ((template.get("metadata") or {}).get("labels") or {}):
         return Report(kind, name, Verdict.FAILED, error="--manual must be set when injecting control plane components")
     mistakes = read_config(own, {})[1]
@@ -127,7 +149,7 @@ def _annotated(template: Mapping[str, Any], kind: str, name: str, own: Mapping[s
         mistakes = (Mistake(INJECT, str(said), " or ".join(INJECT_VALUES)), *mistakes)
     if mistakes:
         return Report(kind, name, Verdict.FAILED, mistakes=mistakes)
-    return Report(kind, name, Verdict.INJECTED, udp=udp)
+    return None
 
 
 def _prefixed(settings: Mapping[str, str]) -> dict[str, str]:
