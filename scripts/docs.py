@@ -3,7 +3,8 @@
     python scripts/docs.py            (`make gen`) rewrites the regions
     python scripts/docs.py --check    (`make lint`) says which pages would change, and changes nothing
 
-A region stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is `annotations`, `reasons`, or `help COMMAND`.
+A region stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is `annotations`, `reasons` or
+`help COMMAND`.
 """
 
 from __future__ import annotations
