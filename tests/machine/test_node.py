@@ -1,6 +1,7 @@
 """The node: pods in the router's network, service addresses, the way out, and nothing left behind."""
 
-# ruff: noqa: ASYNC110, ASYNC222, ASYNC240  (a scene is alone on its event loop: it may block it)
+# A scene is alone on its event loop and may block it.
+# ruff: noqa: ASYNC110, ASYNC222, ASYNC240
 
 import asyncio
 import collections

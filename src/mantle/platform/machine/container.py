@@ -16,6 +16,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import termios
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,13 +97,20 @@ def _in_child(work: Callable[[], NoReturn], complaints: socket.socket | int) -> 
             signal.signal(number, signal.SIG_DFL)
         work()
     except BaseException as error:  # whatever it is, the supervisor is told and this process ends
-        text = str(error) if isinstance(error, OSError | KeyError) else f"{type(error).__name__}: {error}"
+        text = explained(error)
         if isinstance(complaints, int):
             os.write(complaints, f"mantle: {text}\n".encode())
         else:
             _tell(complaints, {"error": text})
     finally:
         os._exit(START_FAILED)
+
+
+def explained(error: BaseException) -> str:
+    """An error in the words of a shell: `/nope: No such file or directory`."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def _unshare_and_fork(place: Place, spec: ContainerSpec, channel: socket.socket, out: int, err: int) -> NoReturn:
@@ -158,6 +166,7 @@ def build_view(place: Place, spec: ContainerSpec) -> int:
         view.bind(fd, f"/etc/{name}")
     for item, fd in sorted(volumes, key=lambda pair: pair[0].target.count("/")):
         view.bind(fd, item.target, read_only=item.read_only)
+    view.seal()
     return program
 
 
@@ -173,6 +182,8 @@ def _open_program(path: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except PermissionError:  # may be executed but not read: then it is no script
         return os.open(path, os.O_PATH | os.O_CLOEXEC)
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        raise OSError(f"{path}: a directory, not a program")
     if os.pread(fd, 2, 0) == b"#!":
         os.set_inheritable(fd, True)
     return fd

@@ -32,11 +32,14 @@ _HOLD = "/tmp"
 
 
 class View:
-    """The mounts of one container, made in order: `make_root_ours`, `open` all, `scratch`, `expose`, `hide`, `bind`."""
+    """The mounts of one container, made in order: `make_root_ours`, `open` all, `scratch`, `expose`, `hide`, `bind`,
+    `seal`."""
 
     def __init__(self) -> None:
         self._ours: set[str] = set()
         """Directories that are our own tmpfs: there entries can be made."""
+        self._scratch: set[str] = set()
+        """Those of them that the container may write to."""
 
     def hide(self, directory: str) -> None:
         """An empty, read-only directory in its place. Nothing to hide is fine."""
@@ -47,7 +50,8 @@ class View:
         """An empty directory of the container's own that everyone may write to (/tmp, /dev/shm)."""
         if os.path.isdir(directory):
             mount("tmpfs", directory, "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
-            self._ours.add(os.path.realpath(directory))
+            self._scratch.add(os.path.realpath(directory))
+            self._ours |= self._scratch
 
     def open(self, path: str) -> int:
         """A descriptor that still leads to `path` when something is mounted over its ancestors."""
@@ -77,6 +81,11 @@ class View:
             # Flags that the file system already has are locked in a user namespace and must be said again.
             kept = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)
             mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | kept)
+
+    def seal(self) -> None:
+        """The last step: what stands in for a directory of the host cannot be written to, whoever the container is."""
+        for directory in self._ours - self._scratch:
+            mount(None, directory, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
     def ensure(self, target: str, *, directory: bool) -> str:
         """The real path of `target`, made if it is missing. Raises OSError if a file is in the way."""

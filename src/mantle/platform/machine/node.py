@@ -239,7 +239,7 @@ def _node(config: NodeConfig, guard: socket.socket, *, rootless: bool) -> NoRetu
         node.run()
         code = 0
     except Exception as error:  # the guard is told why; this process has nobody above it
-        text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        text = container.explained(error)
         print(f"mantle-node: {text}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             guard.send(json.dumps(wire.Refused("node_setup", text, _SEE_CHECK).as_message()).encode())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mantle.platform.machine import namespaces as ns
-from mantle.platform.machine.container import Place
+from mantle.platform.machine.container import Place, explained
 from mantle.platform.machine.netlink import Route
 from mantle.platform.machine.supervisor import Supervisor
 
@@ -36,9 +36,8 @@ def main(place: Place, router_ip: str, backoff: float, node: socket.socket) -> N
         supervisor.run()
         code = 0
     except Exception as error:  # the node is told why there is no pod; this process has nobody above it
-        text = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
         with contextlib.suppress(OSError):
-            node.send(json.dumps({"error": text}).encode())
+            node.send(json.dumps({"error": explained(error)}).encode())
     finally:
         os._exit(code)
 

@@ -28,9 +28,12 @@ def drop_privileges(
 ) -> None:
     """Becomes `uid`, with exactly `capabilities`, for good: nothing it executes can ever have more.
 
-    Without `change_ids` (a user namespace with one id) the ids stay. Raises KeyError for an unknown capability's name.
-    """
-    kept = {CAPABILITIES[name.removeprefix("CAP_")] for name in capabilities}
+    Without `change_ids` (a user namespace with one id) the ids stay. Raises OSError, also for a capability that does
+    not exist. """
+    try:
+        kept = {CAPABILITIES[name.removeprefix("CAP_")] for name in capabilities}
+    except KeyError as error:
+        raise OSError(f"there is no capability {error.args[0]}") from None
     for number in range(64):
         if number not in kept:
             try:

@@ -1,0 +1,446 @@
+"""The supervisor with real processes: what a container is given, what is kept of it, and how it ends."""
+
+# A scene is alone on its event loop and may block it; what containers run is written in long lines.
+# ruff: noqa: ASYNC110, ASYNC222, ASYNC240, E501
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mantle.platform.machine import client, wire
+from mantle.platform.machine.logs import Log, timestamp
+from mantle.platform.machine.spec import ContainerSpec, MountSpec, Phase, ProbeSpec, Restart, Role
+from mantle.platform.machine.terminal import exec_on_terminal
+
+pytestmark = [pytest.mark.root, pytest.mark.mesh]
+
+Python = Callable[..., ContainerSpec]
+IP = "10.203.0.5"
+PYTHON = os.path.realpath(sys.executable)
+
+
+def shell(name: str, script: str, **more: Any) -> ContainerSpec:
+    more.setdefault("role", Role.APP)
+    return ContainerSpec(name, argv=("/bin/sh", "-c", script), env={"PATH": "/usr/bin:/bin"}, **more)
+
+
+def test_what_a_container_is_given(host: Any, python: Python) -> None:
+    code = """
+import os, sys, json, resource
+status = dict(l.split(":\\t", 1) for l in open("/proc/self/status").read().splitlines() if ":\\t" in l)
+print(json.dumps({
+    "uid": os.getresuid(), "gid": os.getresgid(), "groups": os.getgroups(), "cwd": os.getcwd(), "args": sys.argv[1:],
+    "env": {k: v for k, v in os.environ.items() if k.startswith("MY_")}, "fds": sorted(map(int, os.listdir("/proc/self/fd")))[:3],
+    "open": len(os.listdir("/proc/self/fd")), "stdin": os.readlink("/proc/self/fd/0"), "caps": [status[k] for k in ("CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb")],
+    "nnp": status["NoNewPrivs"], "host": os.uname().nodename, "umask": oct(os.umask(0)), "core": resource.getrlimit(resource.RLIMIT_CORE),
+    "blocked": status["SigBlk"], "ignored": status["SigIgn"], "hosts": open("/etc/hosts").read(), "resolv": open("/etc/resolv.conf").read(),
+    "hostname": open("/etc/hostname").read(), "sid": os.getsid(0) == os.getpid(), "processes": [p for p in os.listdir("/proc") if p.isdigit()],
+}))
+"""
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            app = python("app", code, uid=1234, gid=1235, groups=(1235, 77), cwd="/usr", env={"MY_A": "ü =\n1"})
+            app = ContainerSpec(**{**_fields(app), "argv": (*app.argv, "an argument")})
+            await mesh.start("a", IP, app, restart=Restart.NEVER, hostname="web-0", resolv_conf="nameserver 10.0.0.1\n")
+            assert (await mesh.ended("a")).phase is Phase.SUCCEEDED
+            given = json.loads(mesh.log("a", "app")[0])
+            uid, gid = (1000, 1000) if host.rootless else (1234, 1235)
+            assert (given["uid"], given["gid"]) == ([uid] * 3, [gid] * 3)
+            assert given["groups"] == ([] if host.rootless else [77, 1235])
+            assert given["caps"] == ["0000000000000000"] * 5
+            assert given["nnp"] == "1"
+            assert (given["cwd"], given["args"], given["env"]) == ("/usr", ["an argument"], {"MY_A": "ü =\n1"})
+            # 0, 1, 2, and the one that lists them.
+            assert (given["open"], given["stdin"]) == (4, "/dev/null")
+            assert (given["host"], given["hostname"]) == ("web-0", "web-0\n")
+            assert (given["umask"], given["core"], given["sid"]) == ("0o22", [0, 0], True)
+            # Python itself ignores SIGPIPE and SIGXFSZ.
+            assert (given["blocked"], given["ignored"]) == ("0000000000000000", "0000000001001000")
+            assert given["resolv"] == "nameserver 10.0.0.1\n"
+            assert given["hosts"] == f"127.0.0.1\tlocalhost\n::1\tlocalhost\n{IP}\tweb-0\n"
+            assert len(given["processes"]) == 2
+
+    host.play(scene)
+
+
+def _fields(spec: ContainerSpec) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+
+
+def test_capabilities_that_are_asked_for_are_the_only_ones(host: Any, python: Python) -> None:
+    code = "print([l.split()[1] for l in open('/proc/self/status') if l.startswith('Cap')][1:4])"
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            proxy = python("app", code, uid=2102, gid=2102, capabilities=("NET_RAW",), own_user_namespace=False)
+            await mesh.start("a", IP, proxy, restart=Restart.NEVER)
+            await mesh.ended("a")
+            assert mesh.log("a", "app") == [str(["0000000000002000"] * 3)]
+
+    host.play(scene)
+
+
+def test_logs_have_time_and_stream(host: Any) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            app = shell("app", "echo one; echo two >&2; printf 'no newline'; printf '\\377\\n' >&2")
+            await mesh.start("a", IP, app, restart=Restart.NEVER)
+            await mesh.ended("a")
+            lines = (mesh.dir("a") / "logs" / "app.log").read_bytes().splitlines()
+            pattern = rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z (stdout|stderr) (.*)"
+            found = [re.fullmatch(pattern, line) for line in lines]
+            assert all(found), lines
+            streams = sorted(m.groups() for m in found if m)
+            assert streams == [
+                (b"stderr", b"two"),
+                (b"stderr", b"\xff"),
+                (b"stdout", b"no newline"),
+                (b"stdout", b"one"),
+            ]
+
+    host.play(scene)
+
+
+def test_a_flood_of_output_is_kept_whole_and_bounded(tmp_path: Path) -> None:
+    log = Log(tmp_path / "x.log", most_bytes=1000)
+    for number in range(100):
+        log.feed("stdout", f"line {number}\nhalf".encode(), 0)
+        log.feed("stdout", b" and half\n", 10**9 * number)
+    log.close()
+    kept = [p.read_text() for p in (tmp_path / "x.log.1", tmp_path / "x.log")]
+    assert [len(text) <= 1000 for text in kept] == [True, True]
+    assert kept[1].endswith("1970-01-01T00:01:39.000000000Z stdout half and half\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.log", "x.log.1"]
+    long = Log(tmp_path / "long.log")
+    long.feed("stderr", b"x" * 200_000, 0)
+    long.end("stderr", 0)
+    lines = (tmp_path / "long.log").read_text().splitlines()
+    assert sum(line.count("x") for line in lines) == 200_000
+    assert max(map(len, lines)) < 70_000
+    assert timestamp(1764000000123456789) == "2025-11-24T16:00:00.123456789Z"
+
+
+def test_order_and_environment_of_a_whole_pod(host: Any) -> None:
+    """An init container prepares a volume, the sidecar must have started, then the application runs; all end in order."""
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            shared = mesh.state / "shared"
+            shared.mkdir()
+            shared.chmod(0o777)
+            volume = (MountSpec(str(shared), "/data/of/this/pod"),)
+            note = (
+                "echo {0} >> /data/of/this/pod/order; trap 'echo {0} ends >> /data/of/this/pod/order; exit 0' TERM; {1}"
+            )
+            wait = "while :; do sleep 1 & wait $!; done"
+            init = shell("init", note.format("init", ":"), role=Role.INIT, mounts=volume)
+            proxy = shell(
+                "proxy", note.format("proxy", wait), role=Role.SIDECAR, mounts=volume, startup=ProbeSpec(tcp=1)
+            )
+            app = shell("app", note.format("app", wait), mounts=volume)
+            pod = await mesh.start("a", IP, init, proxy, app)
+            await mesh.until("a", lambda s: s.containers[1].state == "running")
+            order = shared / "order"
+            while order.read_text() != "init\nproxy\n":
+                await asyncio.sleep(0.01)
+            assert client.read_status(mesh.dir("a")).phase is Phase.PENDING
+            await pod.started("proxy")
+            while not order.read_text().endswith("app\n"):
+                await asyncio.sleep(0.01)
+            await mesh.node.stop_pod("a")
+            assert order.read_text().split("\n") == ["init", "proxy", "app", "app ends", "proxy ends", ""]
+
+    host.play(scene)
+
+
+def test_a_crashing_container_is_restarted(host: Any) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            await mesh.start("a", IP, shell("app", "echo run; exit 3"))
+            status = await mesh.until("a", lambda s: s.containers[0].restarts >= 3)
+            assert mesh.log("a", "app").count("run") >= 3
+            status = await mesh.until("a", lambda s: s.containers[0].reason == "CrashLoopBackOff")
+            assert status.containers[0].exit_code == 3
+            assert status.phase is Phase.RUNNING
+
+    host.play(scene)
+
+
+def test_a_program_that_ignores_sigterm_is_killed(host: Any) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            deaf = "trap '' TERM; echo ready; while :; do sleep 1; done"
+            await mesh.start("a", IP, shell("app", deaf))
+            await mesh.says("a", "ready")
+            started = time.monotonic()
+            await mesh.node.stop_pod("a", 0.3)
+            assert 0.3 <= time.monotonic() - started < 3
+            assert client.read_status(mesh.dir("a")).containers[0].exit_code == 137
+
+    host.play(scene)
+
+
+def test_sigterm_reaches_a_program_without_a_handler(host: Any) -> None:
+    """As PID 1 of its own it would be deaf; under the container's init it is not."""
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            await mesh.start("a", IP, ContainerSpec("app", Role.APP, ("/bin/sleep", "1000")))
+            await mesh.running("a")
+            started = time.monotonic()
+            await mesh.node.stop_pod("a")
+            assert time.monotonic() - started < 2
+            assert client.read_status(mesh.dir("a")).containers[0].exit_code == 143
+
+    host.play(scene)
+
+
+def test_a_dead_container_is_replaced_on_request(host: Any, idle: ContainerSpec) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            pod = await mesh.start("a", IP, idle)
+            await mesh.running("a")
+            await pod.restart("app", "liveness probe failed: HTTP 500")
+            status = await mesh.until(
+                "a", lambda s: s.containers[0].restarts == 1 and s.containers[0].state == "running"
+            )
+            assert status.containers[0].exit_code == 143
+            with pytest.raises(wire.Refused, match=r"the pod has no container nope; it has app"):
+                await pod.started("nope")
+
+    host.play(scene)
+
+
+def test_what_cannot_start_says_why(host: Any, python: Python) -> None:
+    cases = {
+        "no-program": (ContainerSpec("app", Role.APP, ("/nope/x",)), "/nope/x: No such file or directory"),
+        "a-directory": (ContainerSpec("app", Role.APP, ("/usr",)), "/usr: a directory, not a program"),
+        "no-directory": (
+            ContainerSpec("app", Role.APP, ("/bin/true",), cwd="/nope"),
+            "/nope: No such file or directory",
+        ),
+        "no-volume": (
+            ContainerSpec("app", Role.APP, ("/bin/true",), mounts=(MountSpec("/nope", "/x"),)),
+            "/nope: No such file or directory",
+        ),
+        "file-in-the-way": (
+            ContainerSpec("app", Role.APP, ("/bin/true",), mounts=(MountSpec("/usr", "/etc/passwd"),)),
+            "/etc/passwd cannot be mounted: it is a file on this machine",
+        ),
+        "capability": (
+            ContainerSpec("app", Role.APP, ("/bin/true",), capabilities=("FLY",)),
+            "there is no capability FLY",
+        ),
+    }
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            for number, (name, (spec, text)) in enumerate(cases.items()):
+                await mesh.start(name, f"10.203.1.{number + 1}", spec, restart=Restart.NEVER)
+                status = await mesh.ended(name)
+                assert status.phase is Phase.FAILED
+                found = status.containers[0]
+                assert (found.reason, found.message) == ("StartError", text)
+
+    host.play(scene)
+
+
+def test_programs_in_private_directories(root_host: Any) -> None:
+    """A checkout that only its owner can enter: a binary, and a script, are executed by descriptor; `expose` shows more."""
+
+    async def scene() -> None:
+        home = Path("/run/home/private")
+        home.mkdir(parents=True)
+        home.chmod(0o700)
+        (home / "sleep").write_bytes(Path("/bin/sleep").read_bytes())
+        (home / "script").write_text("#!/bin/sh\necho from $0 $1; exec cat /run/home/private/shown/file\n")
+        (home / "shown").mkdir()
+        (home / "shown" / "file").write_text("text\n")
+        (home / "secret").write_text("secret\n")
+        for path in (home / "sleep", home / "script"):
+            path.chmod(0o755)
+        async with root_host.mesh() as mesh:
+            binary = ContainerSpec("app", Role.APP, (f"{home}/sleep", "0"))
+            await mesh.start("a", IP, binary, restart=Restart.NEVER)
+            assert (await mesh.ended("a")).phase is Phase.SUCCEEDED
+            script = ContainerSpec("app", Role.APP, (f"{home}/script", "x"), env={"PATH": "/bin"})
+            await mesh.start("b", "10.203.0.6", script, restart=Restart.NEVER, expose=(f"{home}/shown",))
+            await mesh.ended("b")
+            first, second = mesh.log("b", "app")
+            assert re.fullmatch(r"from /dev/fd/\d+ x", first)
+            assert second == "text"
+            look = shell("app", f"ls {home}; cat {home}/secret")
+            await mesh.start("c", "10.203.0.7", look, restart=Restart.NEVER, expose=(f"{home}/shown",))
+            await mesh.ended("c")
+            assert [line.split(":")[-1].strip() for line in mesh.log("c", "app")] == [
+                "shown",
+                "No such file or directory",
+            ]
+
+    root_host.play(scene)
+
+
+def test_mounts(host: Any) -> None:
+    """Volumes where nothing was, where something was, read-only, a single file; and nothing of it on the host."""
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            source = mesh.state / "volume"
+            source.mkdir()
+            source.chmod(0o755)
+            (source / "token").write_text("abc")
+            (source / "token").chmod(0o644)
+            writable = mesh.state / "writable"
+            writable.mkdir()
+            writable.chmod(0o777)
+            mounts = (
+                MountSpec(str(source), "/var/run/secrets/mantle.dev", read_only=True),
+                MountSpec(str(source), "/brand-new/deep", read_only=True),
+                MountSpec(str(source / "token"), "/etc/new-directory/token"),
+                MountSpec(str(source / "token"), "/etc/hostname"),
+                MountSpec(str(writable), "/usr/share"),
+                MountSpec(str(writable), "/brand-new/deep2"),
+                MountSpec(str(source), "/tmp/inside"),
+            )
+            script = """
+cat /var/run/secrets/mantle.dev/token /brand-new/deep/token /etc/new-directory/token /etc/hostname /tmp/inside/token; echo
+for d in /brand-new/deep /brand-new /etc/new-directory /usr/share /tmp /etc; do touch $d/x 2>/dev/null && echo wrote $d; done
+ls /brand-new /usr/share | tr '\\n' ' '; echo; ls -d /etc/passwd /usr/bin/env /dev/null /proc/self/status
+"""
+            await mesh.start("a", IP, shell("app", script, mounts=mounts), restart=Restart.NEVER)
+            await mesh.ended("a")
+            assert mesh.log("a", "app") == [
+                "abc" * 5,
+                "wrote /usr/share",
+                "wrote /tmp",
+                "/brand-new: deep deep2  /usr/share: x ",
+                "/dev/null",
+                "/etc/passwd",
+                "/proc/self/status",
+                "/usr/bin/env",
+            ]
+            assert [p for p in ("/brand-new", "/etc/new-directory", "/usr/share/x", "/tmp/x") if Path(p).exists()] == []
+
+    host.play(scene)
+
+
+def test_exec_and_probes(host: Any, idle: ContainerSpec) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            pod = await mesh.start("a", IP, idle)
+            await mesh.says("a", "ready")
+            reader, writer = os.pipe()
+            null = os.open("/dev/null", os.O_RDONLY)
+            argv = ["/bin/sh", "-c", "id -u; echo $EXTRA; pwd; grep CapEff /proc/self/status; exit 7"]
+            assert await pod.exec("app", argv, (null, writer, writer), env={"EXTRA": "more"}, cwd="/usr") == 7
+            os.close(writer)
+            said = os.read(reader, 1000).decode().split("\n")
+            uid = "1000" if host.rootless else "65534"
+            assert said == [uid, "more", "/usr", "CapEff:\t0000000000000000", ""]
+            assert await pod.probe("app", ["/bin/sh", "-c", "echo bad; exit 2"], 5) == client.ProbeResult(2, "bad")
+            assert await pod.probe("app", ["nope"], 5) == client.ProbeResult(
+                127, "mantle: cannot execute nope: No such file or directory"
+            )
+            started = time.monotonic()
+            hung = await pod.probe("app", ["/bin/sh", "-c", "echo begun; sleep 100 & sleep 100"], 0.3)
+            assert hung == client.ProbeResult(None, "begun")
+            assert time.monotonic() - started < 3
+            assert (await pod.probe("app", ["/bin/sh", "-c", "ls /proc | grep -c '^[0-9]'"], 5)).output == "5"
+
+    host.play(scene)
+
+
+def test_an_exec_ends_with_its_caller(host: Any, idle: ContainerSpec) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            pod = await mesh.start("a", IP, idle)
+            await mesh.says("a", "ready")
+            reader, writer = os.pipe()
+            null = os.open("/dev/null", os.O_RDONLY)
+            task = asyncio.ensure_future(
+                pod.exec("app", ["/bin/sh", "-c", "echo x; sleep 100"], (null, writer, writer))
+            )
+            os.close(writer) if (await asyncio.to_thread(os.read, reader, 2)) == b"x\n" else None
+            task.cancel()
+            # The pipe ends when the shell and its child have.
+            assert await asyncio.wait_for(asyncio.to_thread(os.read, reader, 1), 5) == b""
+
+    host.play(scene)
+
+
+def test_exec_on_a_terminal(host: Any, idle: ContainerSpec) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            await mesh.start("a", IP, idle)
+            await mesh.says("a", "ready")
+            keys_r, keys_w = os.pipe()
+            out_r, out_w = os.pipe()
+            os.write(keys_w, b"tty >/dev/null && echo a terminal; echo $((6*7)); exit 5\n")
+            code = exec_on_terminal(mesh.dir("a"), "app", ["/bin/sh"], stdin=keys_r, stdout=out_w)
+            said = os.read(out_r, 10000).decode()
+            assert (code, "42\r\n" in said, "a terminal\r\n" in said) == (5, True, True), said
+
+    host.play(scene)
+
+
+def test_signals_reach_a_command(host: Any, idle: ContainerSpec) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            await mesh.start("a", IP, idle)
+            await mesh.says("a", "ready")
+            reader, writer = os.pipe()
+            command = os.fork()
+            if command == 0:
+                script = "trap 'exit 9' INT; echo up; while :; do sleep 0.05; done"
+                os._exit(client.exec_in_pod(mesh.dir("a"), "app", ["/bin/sh", "-c", script], (0, writer, writer)))
+            assert os.read(reader, 3) == b"up\n"
+            os.kill(command, signal.SIGINT)
+            assert os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]) == 9
+
+    host.play(scene)
+
+
+def test_dialling_into_a_pod(host: Any, echo: ContainerSpec) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            pod = await mesh.start("a", IP, echo)
+            await mesh.says("a", "ready")
+            sock = await pod.dial(8080)
+            assert await asyncio.get_running_loop().sock_recv(sock, 100) == b"pod-a 127.0.0.1"
+            with client.dial(mesh.dir("a"), 8080) as blocking:
+                assert blocking.recv(100) == b"pod-a 127.0.0.1"
+            with pytest.raises(wire.Refused) as refused:
+                await pod.dial(81)
+            assert (refused.value.reason, str(refused.value)) == (
+                "nothing_listens",
+                "nothing listens on port 81 of the pod",
+            )
+
+    host.play(scene)
+
+
+def test_status_is_pushed_and_kept(host: Any) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            pod = await mesh.start("a", IP, shell("app", "sleep 0.2; exit 4"), restart=Restart.NEVER)
+            seen = [s async for s in pod.watch()]
+            assert (seen[-1].phase, seen[-1].containers[0].exit_code) == (Phase.FAILED, 4)
+            assert client.read_status(mesh.dir("a")) == seen[-1]
+            with pytest.raises(OSError):  # no socket any more, or one that just closes
+                await pod.started("app")
+            while (await mesh.node.pods())[0].alive:
+                await asyncio.sleep(0.01)
+            await mesh.node.stop_pod("a")
+            assert await mesh.node.pods() == []
+
+    host.play(scene)
