@@ -87,7 +87,8 @@ def find(
 class Built:
     containers: tuple[ContainerSpec, ...] = ()
     volumes: list[vol.Volume] = field(default_factory=list)
-    owners: dict[str, tuple[int, int]] = field(default_factory=dict)
+    owners: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    """volume -> (uid, gid) of every container that mounts it."""
     sub_paths: list[tuple[str, str]] = field(default_factory=list)
     expose: set[str] = field(default_factory=set)
 
@@ -124,7 +125,8 @@ def build(
                     built.sub_paths.append((mount["name"], sub))
                 read_only = bool(mount.get("readOnly")) or not kinds[mount["name"]].writable
                 mounts.append(MountSpec(source, mount["mountPath"], read_only))
-                built.owners.setdefault(mount["name"], (uid, gid))
+                before = built.owners.get(mount["name"], ())
+                built.owners[mount["name"]] = before if (uid, gid) in before else (*before, (uid, gid))
             capabilities = (box.get("securityContext") or {}).get("capabilities") or {}
             kept = (
                 sorted(CAPABILITIES.intersection(capabilities.get("add") or []))

@@ -82,8 +82,8 @@ class Planned:
 
     spec: PodSpec
     volumes: tuple[vol.Volume, ...]
-    owners: Mapping[str, tuple[int, int]]
-    """volume -> (uid, gid) of who reads it."""
+    owners: Mapping[str, tuple[tuple[int, int], ...]]
+    """volume -> (uid, gid) of everyone who reads it."""
     sub_paths: tuple[tuple[str, str], ...]
     """(volume, subPath) that a mount needs."""
 
@@ -240,7 +240,7 @@ def build(
             "volumes": {
                 v.name: {
                     "tokens": [[t.path, t.audience, t.seconds] for t in v.tokens],
-                    "owner": built.owners.get(v.name, (0, 0)),
+                    "owners": built.owners.get(v.name, ()),
                 }
                 for v in built.volumes
                 if v.tokens

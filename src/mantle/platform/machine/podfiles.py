@@ -1,0 +1,100 @@
+"""Writes what lies in a pod's volumes, on tmpfs, each file whole or not at all.
+
+Volumes lie in the pod's state directory, which only the mesh's owner may enter; inside the pod a volume is what the
+supervisor binds. A file of a Secret, and every token, belongs to the user who reads it and to nobody else, unless the
+manifest lets containers of several users share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mantle.platform.machine.volumes import File, Volume
+
+Owners = tuple[tuple[int, int], ...]
+
+
+def write_volumes(root: Path, volumes: Iterable[Volume], owners: Mapping[str, Owners], sub_paths: Iterable[tuple[str, str]], chown: bool) -> None:
+    """Makes every volume under `root`. `chown`: we are root, so files can belong to their readers."""
+    made: dict[str, Volume] = {}
+    for volume in volumes:
+        made[volume.name] = volume
+        if volume.source:
+            _host_path(volume)
+            continue
+        directory = root / volume.name
+        directory.mkdir(parents=True, exist_ok=True)
+        write_files(directory, volume.files, owners.get(volume.name, ()), volume.secret, chown)
+        directory.chmod(0o777 if volume.writable else 0o755)
+    for name, sub in sub_paths:
+        volume = made[name]
+        if volume.writable and not volume.source:
+            target = root / name / sub
+            target.mkdir(parents=True, exist_ok=True)
+            target.chmod(0o777)
+
+
+def _host_path(volume: Volume) -> None:
+    path = Path(volume.source)
+    if volume.create == "dir":
+        path.mkdir(parents=True, exist_ok=True)
+    elif volume.create == "file" and not path.exists():
+        path.touch()
+
+
+def write_files(directory: Path, files: Iterable[File], owners: Owners, secret: bool, chown: bool) -> None:
+    """The volume's files, and nothing that it no longer has (tokens stay: they are written by `write_token`)."""
+    wanted: set[Path] = set()
+    for file in files:
+        path = directory / file.path
+        wanted.add(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (path.is_file() and path.read_bytes() == file.data):
+            _put(path, file.data, file.mode, owners, secret, chown)
+    for path in sorted(directory.rglob("*"), reverse=True):
+        if path.is_file() and path not in wanted and not path.name.startswith(".") and not _is_token(path):
+            path.unlink()
+
+
+def write_token(path: Path, token: str, owners: Owners, chown: bool) -> None:
+    """A token in place of the one before, readable by its user only. A reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _put(path, token.encode(), 0o400, owners, True, chown)
+
+
+def _is_token(path: Path) -> bool:
+    with path.open("rb") as opened:
+        return opened.read(3) == b"eyJ"
+
+
+def _put(path: Path, data: bytes, mode: int, owners: Owners, secret: bool, chown: bool) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        _all(descriptor, data)
+        if chown and owners:
+            os.fchown(descriptor, *owners[0])
+        if secret:
+            mode = mode & ~0o007 if len(owners) < 2 else mode
+            mode |= 0o400
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
+    temporary.rename(path)
+
+
+def _all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def remove_pod(directory: Path) -> None:
+    """A pod's directory, once its processes are gone."""
+    shutil.rmtree(directory, ignore_errors=True)
