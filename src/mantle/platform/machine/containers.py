@@ -127,6 +127,8 @@ def build(
                 mounts.append(MountSpec(source, mount["mountPath"], read_only))
                 before = built.owners.get(mount["name"], ())
                 built.owners[mount["name"]] = before if (uid, gid) in before else (*before, (uid, gid))
+            if found.own and found.path != machine.proxy_path and me.namespace == machine.control_namespace:
+                mounts.append(MountSpec(f"{machine.state_dir}/control", machine.control_target))
             capabilities = (box.get("securityContext") or {}).get("capabilities") or {}
             kept = (
                 sorted(CAPABILITIES.intersection(capabilities.get("add") or []))

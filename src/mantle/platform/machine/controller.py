@@ -179,8 +179,12 @@ class Controller:
         completions = int(spec.get("completions") or spec.get("parallelism") or 1) if job else 0
         return Goal(want.item.id, want.hash, want.replicas, completions, int(spec.get("backoffLimit", 6)) if job else 0)
 
-    async def _tell(self) -> None:
+    def publish(self) -> None:
+        """Tells the world what is; DNS answers from it at once."""
         self.world.publish(self.objects.values(), list(self.pods.values()), self._service_ips.given)
+
+    async def _tell(self) -> None:
+        self.publish()
         if self.world.table != self._table:
             self._table = self.world.table
             try:
@@ -376,5 +380,6 @@ async def progress(controller: Controller, items: list[ObjectId], timeout: float
             await controller.moved(min(left, 1.0))
 
 
-def templates(objects: Mapping[ObjectId, Object]) -> list[ObjectId]:
-    return [key for key, item in objects.items() if template(item) is not None]
+def workloads(objects: Mapping[ObjectId, Object], namespace: str) -> list[ObjectId]:
+    """The workloads of one namespace."""
+    return [key for key, item in objects.items() if key[1] == namespace and template(item) is not None]

@@ -59,6 +59,10 @@ class Machine:
     """The host's own DNS search domains, after the mesh's."""
     cpus: int = 1
     memory: int = 1 << 30
+    control_namespace: str = "mantle"
+    """Its pods, and no others, see the platform's directory (users cannot have objects there)."""
+    control_target: str = "/var/run/mantle/control"
+    """Where they see it: the sockets of the platform and of viz."""
     control_images: frozenset[str] = frozenset({"mantle/proxy", "mantle/control-plane"})
 
 

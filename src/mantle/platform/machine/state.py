@@ -46,16 +46,16 @@ class MeshConfig:
 
     @property
     def dns_ip(self) -> str:
-        """The router's address: the first of the pods' network."""
-        return str(ipaddress.IPv4Network(self.pod_cidr)[1])
+        """The router's address: the pods' gateway, DNS, where probes come from. The tenth of the services' network."""
+        return str(ipaddress.IPv4Network(self.service_cidr)[10])
 
     def pod_range(self) -> tuple[int, int]:
         network = ipaddress.IPv4Network(self.pod_cidr)
-        return int(network[2]), int(network[-2])
+        return int(network[1]), int(network[-2])
 
     def service_range(self) -> tuple[int, int]:
         network = ipaddress.IPv4Network(self.service_cidr)
-        return int(network[1]), int(network[-2])
+        return int(network[11]), int(network[-2])  # those before are ours
 
 
 @dataclass(frozen=True, slots=True)
