@@ -35,7 +35,13 @@ _MOST_BODY = 64 * 1024 * 1024
 
 class Api:
     def __init__(
-        self, config: MeshConfig, store: StateDir, controller: Controller, proxy_path: str, node_pid: int, down: Callable[[], AsyncIterator[dict[str, Any]]]
+        self,
+        config: MeshConfig,
+        store: StateDir,
+        controller: Controller,
+        proxy_path: str,
+        node_pid: int,
+        down: Callable[[], AsyncIterator[dict[str, Any]]],
     ) -> None:
         self._config, self._store, self._controller = config, store, controller
         self._proxy_path, self._node_pid, self._down = proxy_path, node_pid, down
@@ -53,7 +59,9 @@ class Api:
 
     async def _status(self, _: web.Request) -> web.Response:
         now = time.time_ns() / 1e9
-        pods = sorted(self._controller.pods.values(), key=lambda p: (p.spec.namespace != "mantle", p.spec.namespace, p.spec.name))
+        pods = sorted(
+            self._controller.pods.values(), key=lambda p: (p.spec.namespace != "mantle", p.spec.namespace, p.spec.name)
+        )
         services = self._controller.world.snapshot.services
         return web.json_response(
             {
@@ -77,7 +85,9 @@ class Api:
                 "dns_ip": self._config.dns_ip,
                 "pod_cidr": self._config.pod_cidr,
                 "service_cidr": self._config.service_cidr,
-                "objects": [[*key, a.name] for a in self._controller.files.values() for key in (o.id for o in a.objects)],
+                "objects": [
+                    [*key, a.name] for a in self._controller.files.values() for key in (o.id for o in a.objects)
+                ],
             }
         )
 
@@ -94,7 +104,12 @@ class Api:
             for note in prepared.notes:
                 yield {"event": "skipped", "object": "", "namespace": "", "message": note}
             for change in prepared.changes:
-                yield {"event": change.event, "object": str(change.item), "namespace": change.item.namespace, "message": ""}
+                yield {
+                    "event": change.event,
+                    "object": str(change.item),
+                    "namespace": change.item.namespace,
+                    "message": "",
+                }
             given = [o.id for key in prepared.given for o in prepared.files[key].objects]
             items = [*control.workloads(self._controller.objects, "mantle"), *(i for i in given if i in prepared.wants)]
             if options.get("wait", True):
@@ -110,7 +125,12 @@ class Api:
 
         async def events() -> AsyncIterator[dict[str, Any]]:
             for change in changes:
-                yield {"event": change.event, "object": str(change.item), "namespace": change.item.namespace, "message": ""}
+                yield {
+                    "event": change.event,
+                    "object": str(change.item),
+                    "namespace": change.item.namespace,
+                    "message": "",
+                }
             yield {"event": "done", "object": "", "namespace": "", "message": ""}
 
         return await _stream(request, events())
@@ -121,12 +141,16 @@ class Api:
     async def _viz(self, request: web.Request) -> web.StreamResponse:
         """Relays a request and its answer, byte for byte and as it comes."""
         path = self._store.control / "viz.sock"
-        url = f"http://viz/v1/{request.match_info['rest']}" + (f"?{request.query_string}" if request.query_string else "")
+        url = f"http://viz/v1/{request.match_info['rest']}" + (
+            f"?{request.query_string}" if request.query_string else ""
+        )
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
         try:
             async with (
                 aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path)), timeout=timeout) as session,
-                session.request(request.method, url, data=await request.read(), headers=_content_type(request)) as answer,
+                session.request(
+                    request.method, url, data=await request.read(), headers=_content_type(request)
+                ) as answer,
             ):
                 response = web.StreamResponse(status=answer.status, headers=_content_type(answer))
                 await response.prepare(request)
@@ -135,9 +159,13 @@ class Api:
                 await response.write_eof()
                 return response
         except (aiohttp.ClientConnectorError, FileNotFoundError) as error:
-            return _error(503, "viz does not answer yet", "wait until `mantle ps -n mantle` shows mantle-viz ready", error)
+            return _error(
+                503, "viz does not answer yet", "wait until `mantle ps -n mantle` shows mantle-viz ready", error
+            )
         except aiohttp.ClientError as error:
-            return _error(502, f"viz broke off: {error}", "look at `mantle logs deploy/mantle-viz -n mantle -c viz`", error)
+            return _error(
+                502, f"viz broke off: {error}", "look at `mantle logs deploy/mantle-viz -n mantle -c viz`", error
+            )
 
 
 def pod_json(state: PodState, now: float) -> dict[str, Any]:
@@ -208,7 +236,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     except Mistakes as wrong:
         errors = [
-            {"message": m.message, "file": m.file or None, "line": m.line or None, "fix": m.fix or None} for m in wrong.items
+            {"message": m.message, "file": m.file or None, "line": m.line or None, "fix": m.fix or None}
+            for m in wrong.items
         ]
         return web.json_response({"errors": errors}, status=422)
     except json.JSONDecodeError as error:

@@ -67,7 +67,9 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(request: Request, present: Mapping[str, Applied], base: Machine, reserved: frozenset[str]) -> Prepared | list[Mistake]:
+def prepare(
+    request: Request, present: Mapping[str, Applied], base: Machine, reserved: frozenset[str]
+) -> Prepared | list[Mistake]:
     """Reads, checks and plans; every mistake of every file at once, or what the `up` makes of the mesh."""
     mistakes: list[Mistake] = []
     notes: list[str] = []
@@ -87,7 +89,10 @@ def prepare(request: Request, present: Mapping[str, Applied], base: Machine, res
     ours = {item.id for item in new}
     stays = {key: item for key, item in objects_of(after).items() if key not in ours}
     mistakes += manifest.check(new, stays, reserved, partial=bool(mistakes))
-    files = {key: given[key] if key in given else dataclasses.replace(present[key], objects=held) for key, held in after.items()}
+    files = {
+        key: given[key] if key in given else dataclasses.replace(present[key], objects=held)
+        for key, held in after.items()
+    }
     wants, wrong = plan_all(files, base)
     mistakes += [m for m in wrong if any(m.file == a.name for a in given.values())]
     if mistakes:
@@ -116,9 +121,9 @@ def plan_all(files: Mapping[str, Applied], base: Machine) -> tuple[dict[ObjectId
 
 def machine_of(base: Machine, key: str, applied: Applied) -> Machine:
     """The machine as one file sees it: with the maps, the PATH and the user of its last `up`."""
-    own = {} if key == CONTROL_FILE else {"default_user": applied.user}
+    user = base.default_user if key == CONTROL_FILE else applied.user
     search = tuple(dict.fromkeys((*applied.search, *base.search)))
-    return dataclasses.replace(base, maps=(applied.images, *base.maps), search=search, **own)
+    return dataclasses.replace(base, maps=(applied.images, *base.maps), search=search, default_user=user)
 
 
 def _maps(maps: Iterable[tuple[str, str, str]]) -> tuple[dict[str, img.Image], list[Mistake]]:

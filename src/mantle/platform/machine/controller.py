@@ -50,7 +50,14 @@ class _Trouble:
 
 class Controller:
     def __init__(
-        self, config: MeshConfig, store: StateDir, runtime: Runtime, machine: Machine, tokens: TokenFiles, control: tuple[Object, ...], world: World
+        self,
+        config: MeshConfig,
+        store: StateDir,
+        runtime: Runtime,
+        machine: Machine,
+        tokens: TokenFiles,
+        control: tuple[Object, ...],
+        world: World,
     ) -> None:
         self._config, self._store, self._runtime, self._machine = config, store, runtime, machine
         self._tokens, self.world = tokens, world
@@ -135,10 +142,20 @@ class Controller:
         touched = {c.item.namespace for c in changes if c.event == "updated" and c.item.kind in ("ConfigMap", "Secret")}
         for state in self.pods.values():
             want = self.wants.get(state.object)
-            if state.spec.namespace in touched and want is not None and want.hash == state.spec.spec_hash and not state.gone:
+            if (
+                state.spec.namespace in touched
+                and want is not None
+                and want.hash == state.spec.spec_hash
+                and not state.gone
+            ):
                 meta = state.spec.meta
                 planned = build(
-                    want, self._machine_for(state.object), self.objects, name=state.spec.name, uid=state.spec.uid, ip=state.spec.ip,
+                    want,
+                    self._machine_for(state.object),
+                    self.objects,
+                    name=state.spec.name,
+                    uid=state.spec.uid,
+                    ip=state.spec.ip,
                     created=meta["created"],
                 )
                 self._write_volumes(planned.spec.uid, planned.volumes, planned.owners, planned.sub_paths)
@@ -217,7 +234,15 @@ class Controller:
             return
         uid, now = str(uuid.uuid4()), time.time_ns() / 1e9
         name = pod_name(item, want.hash, os.urandom(8))
-        planned = build(want, self._machine_for(item), self.objects, name=name, uid=uid, ip=str(ipaddress.IPv4Address(address)), created=now)
+        planned = build(
+            want,
+            self._machine_for(item),
+            self.objects,
+            name=name,
+            uid=uid,
+            ip=str(ipaddress.IPv4Address(address)),
+            created=now,
+        )
         state = PodState(planned.spec, PodStatus(uid, Phase.PENDING))
         self.pods[uid] = state
         try:
@@ -234,8 +259,16 @@ class Controller:
         self._follow(state, taken_over=False)
         self.changed()
 
-    def _write_volumes(self, uid: str, volumes: tuple[vol.Volume, ...], owners: Mapping[str, podfiles.Owners], sub_paths: tuple[tuple[str, str], ...]) -> None:
-        podfiles.write_volumes(self._store.pods / uid / "volumes", volumes, owners, sub_paths, not self._machine.rootless)
+    def _write_volumes(
+        self,
+        uid: str,
+        volumes: tuple[vol.Volume, ...],
+        owners: Mapping[str, podfiles.Owners],
+        sub_paths: tuple[tuple[str, str], ...],
+    ) -> None:
+        podfiles.write_volumes(
+            self._store.pods / uid / "volumes", volumes, owners, sub_paths, not self._machine.rootless
+        )
 
     def _trouble(self, item: ObjectId, message: str) -> None:
         before = self._troubles.get(item)
@@ -277,7 +310,9 @@ class Controller:
             await self._forget(state)
 
     async def _forget(self, state: PodState) -> None:
-        held = not (state.gone and state.status.phase in FINISHED and state.object[0] in ("Job", "Pod") and not state.why)
+        held = not (
+            state.gone and state.status.phase in FINISHED and state.object[0] in ("Job", "Pod") and not state.why
+        )
         self.pods.pop(state.spec.uid, None)
         if held:
             self._ips.give_back(int(ipaddress.IPv4Address(state.spec.ip)))
@@ -340,7 +375,11 @@ class Controller:
         for state in self.pods.values():
             if state.object == item and not state.stopping:
                 for status in state.status.containers:
-                    if status.reason in ("CrashLoopBackOff", "StartError") and status.restarts >= 2 and status.state != "running":
+                    if (
+                        status.reason in ("CrashLoopBackOff", "StartError")
+                        and status.restarts >= 2
+                        and status.state != "running"
+                    ):
                         return True
                 if state.status.phase is Phase.FAILED and item[0] == "Pod":
                     return True

@@ -67,7 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pod-cidr", default=POD_CIDR)
     parser.add_argument("--service-cidr", default=SERVICE_CIDR)
     parser.add_argument("--issuance-lifetime", default="24h")
-    parser.add_argument("--proxy-env", action="append", default=[], metavar="NAME=VALUE", help="more for every proxy, without MANTLE_PROXY_")
+    parser.add_argument(
+        "--proxy-env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="more for every proxy, without MANTLE_PROXY_",
+    )
     parser.add_argument("--ready-fd", type=int)
     return parser
 
@@ -89,7 +95,10 @@ def _daemon(options: argparse.Namespace, ready: Any) -> int:
     try:
         store.create()
         logging.basicConfig(
-            filename=store.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ"
+            filename=store.log,
+            level=logging.INFO,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            datefmt="%Y-%m-%dT%H:%M:%SZ",
         )
         logging.Formatter.converter = time.gmtime
         found = store.load_mesh()
@@ -235,11 +244,21 @@ async def _down(controller: Any, runtime: Any, store: StateDir) -> AsyncIterator
     while not stopping.done():
         left = {f"{p.spec.namespace}/{p.spec.name}" for p in controller.pods.values()}
         for name in sorted(said - left):
-            yield {"event": "removed", "object": f"pod/{name.partition('/')[2]}", "namespace": name.partition("/")[0], "message": ""}
+            yield {
+                "event": "removed",
+                "object": f"pod/{name.partition('/')[2]}",
+                "namespace": name.partition("/")[0],
+                "message": "",
+            }
         said = left
         await controller.moved(0.2)
     for name in sorted(said):
-        yield {"event": "removed", "object": f"pod/{name.partition('/')[2]}", "namespace": name.partition("/")[0], "message": ""}
+        yield {
+            "event": "removed",
+            "object": f"pod/{name.partition('/')[2]}",
+            "namespace": name.partition("/")[0],
+            "message": "",
+        }
     with contextlib.suppress(RuntimeRefused, OSError):
         await runtime.shutdown(5.0)
     yield {"event": "done", "object": "", "namespace": "", "message": ""}

@@ -28,7 +28,9 @@ TCP_IDLE = 10.0
 class DnsServer:
     """Answers on one UDP and one listening TCP socket. `view` gives what is known now."""
 
-    def __init__(self, udp: socket.socket, tcp: socket.socket, view: Callable[[], cluster.View], upstream: list[str]) -> None:
+    def __init__(
+        self, udp: socket.socket, tcp: socket.socket, view: Callable[[], cluster.View], upstream: list[str]
+    ) -> None:
         self._udp, self._tcp, self._view, self._upstream = udp, tcp, view, upstream
         self._slots = asyncio.Semaphore(MOST_UPSTREAM)
         self._tasks: set[asyncio.Task[None]] = set()

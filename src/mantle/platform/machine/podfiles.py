@@ -18,7 +18,13 @@ from mantle.platform.machine.volumes import File, Volume
 Owners = tuple[tuple[int, int], ...]
 
 
-def write_volumes(root: Path, volumes: Iterable[Volume], owners: Mapping[str, Owners], sub_paths: Iterable[tuple[str, str]], chown: bool) -> None:
+def write_volumes(
+    root: Path,
+    volumes: Iterable[Volume],
+    owners: Mapping[str, Owners],
+    sub_paths: Iterable[tuple[str, str]],
+    chown: bool,
+) -> None:
     """Makes every volume under `root`. `chown`: we are root, so files can belong to their readers."""
     made: dict[str, Volume] = {}
     for volume in volumes:

@@ -174,7 +174,10 @@ class PodFollower:
         try:
             if ask.spec.exec is not None:
                 code, output = await self._runtime.exec_probe(uid, name, ask.spec.exec, ask.spec.timeout)
-                ok, detail = code == 0, output or (f"exit code {code}" if code is not None else "it did not end in time")
+                ok, detail = (
+                    code == 0,
+                    output or (f"exit code {code}" if code is not None else "it did not end in time"),
+                )
             else:
                 ok, detail = await prober.send(ask.spec, self._state.spec.ip, self._runtime.router_socket)
         except (RuntimeRefused, OSError) as error:

@@ -39,7 +39,9 @@ async def _nothing() -> None:
     return None
 
 
-async def _connect(ip: str, port: int, open_socket: OpenSocket, use: Callable[[socket.socket], Awaitable[None]]) -> None:
+async def _connect(
+    ip: str, port: int, open_socket: OpenSocket, use: Callable[[socket.socket], Awaitable[None]]
+) -> None:
     sock = await open_socket()
     try:
         sock.setblocking(False)
@@ -52,7 +54,12 @@ async def _connect(ip: str, port: int, open_socket: OpenSocket, use: Callable[[s
 async def _http(spec: ProbeSpec, ip: str, open_socket: OpenSocket) -> tuple[bool, str]:
     assert spec.http is not None
     scheme, port, path = spec.http
-    headers = {"Host": f"{ip}:{port}", "User-Agent": f"mantle-probe/{__version__}", "Accept": "*/*", "Connection": "close"}
+    headers = {
+        "Host": f"{ip}:{port}",
+        "User-Agent": f"mantle-probe/{__version__}",
+        "Accept": "*/*",
+        "Connection": "close",
+    }
     headers.update(spec.http_headers)
     if not path.startswith("/"):
         path = "/" + path
@@ -60,12 +67,17 @@ async def _http(spec: ProbeSpec, ip: str, open_socket: OpenSocket) -> tuple[bool
     context = None
     if scheme == "https":
         context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # as a kubelet: a probe asks for life, not identity
+        context.check_hostname, context.verify_mode = (
+            False,
+            ssl.CERT_NONE,
+        )  # as a kubelet: a probe asks for life, not identity
     found = b""
 
     async def talk(sock: socket.socket) -> None:
         nonlocal found
-        reader, writer = await asyncio.open_connection(sock=sock.dup(), ssl=context, server_hostname="" if context else None, limit=_MOST_HEAD)
+        reader, writer = await asyncio.open_connection(
+            sock=sock.dup(), ssl=context, server_hostname="" if context else None, limit=_MOST_HEAD
+        )
         try:
             writer.write(head.encode("latin-1", "replace"))
             await writer.drain()

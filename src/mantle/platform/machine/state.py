@@ -119,7 +119,9 @@ class StateDir:
             return None
         value = json.loads(data)
         names = MeshConfig.__dataclass_fields__
-        return MeshConfig(**{k: v for k, v in value.items() if k in names}), {k: v for k, v in value.items() if k not in names}
+        return MeshConfig(**{k: v for k, v in value.items() if k in names}), {
+            k: v for k, v in value.items() if k not in names
+        }
 
     # ---- objects.json ----
 
@@ -154,5 +156,9 @@ def _applied(value: Mapping[str, Any]) -> Applied:
     }
     user = value["user"]
     return Applied(
-        value["name"], objects, images, tuple(value["search"]), User(user["uid"], user["gid"], tuple(user["groups"]), user["home"])
+        value["name"],
+        objects,
+        images,
+        tuple(value["search"]),
+        User(user["uid"], user["gid"], tuple(user["groups"]), user["home"]),
     )

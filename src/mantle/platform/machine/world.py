@@ -37,10 +37,14 @@ class ServiceAddresses:
         for name, item in wanted.items():
             if name not in self.given:
                 asked = str(item.doc["spec"].get("clusterIP") or "")
-                first = _number(asked) or svc.preferred_address(item.namespace, item.name, self._free.first, self._free.last)
+                first = _number(asked) or svc.preferred_address(
+                    item.namespace, item.name, self._free.first, self._free.last
+                )
                 address = self._free.take(first)
                 if address is None:
-                    raise RuntimeError("the network of the services has no free address: start the mesh with a larger --service-cidr")
+                    raise RuntimeError(
+                        "the network of the services has no free address: start the mesh with a larger --service-cidr"
+                    )
                 self.given[name] = str(ipaddress.IPv4Address(address))
         return before != self.given
 
@@ -75,7 +79,9 @@ class World:
         for item in objects:
             if item.kind == "Namespace":
                 meta = item.doc["metadata"]
-                namespaces[item.name] = Namespace(item.name, dict(meta.get("labels") or {}), dict(meta.get("annotations") or {}))
+                namespaces[item.name] = Namespace(
+                    item.name, dict(meta.get("labels") or {}), dict(meta.get("annotations") or {})
+                )
         before = self.snapshot
         if (models, services, namespaces) == (before.pods, before.services, before.namespaces):
             return False
