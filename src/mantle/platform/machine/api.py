@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ import aiohttp
 from aiohttp import web
 
 from mantle import __version__
-from mantle.platform.machine import controller as control
+from mantle.core.model import Service
 from mantle.platform.machine.applying import Request, request_of
-from mantle.platform.machine.controller import Controller, progress
+from mantle.platform.machine.controller import Controller
 from mantle.platform.machine.pods import PodState
+from mantle.platform.machine.progress import pod_events, progress, workloads
+from mantle.platform.machine.services import behind, target
 from mantle.platform.machine.spec import Role
 from mantle.platform.machine.state import MeshConfig, StateDir
 from mantle.platform.machine.yamlpos import Mistake, Mistakes
@@ -51,6 +53,7 @@ class Api:
         app.router.add_get("/v1/status", self._status)
         app.router.add_post("/v1/apply", self._apply)
         app.router.add_post("/v1/delete", self._delete)
+        app.router.add_post("/v1/events", self._events)
         app.router.add_post("/v1/down", self._go_down)
         app.router.add_route("*", "/v1/viz/{rest:.*}", self._viz)
         return app
@@ -71,15 +74,7 @@ class Api:
                 "node_pid": self._node_pid,
                 "rootless": os.geteuid() != 0,
                 "pods": [pod_json(p, now) for p in pods],
-                "services": [
-                    {
-                        "namespace": key.namespace,
-                        "name": key.name,
-                        "cluster_ip": s.cluster_ip,
-                        "ports": [{"name": p.name, "port": p.port, "target_port": p.target_port} for p in s.ports],
-                    }
-                    for key, s in sorted(services.items(), key=lambda e: (e[0].namespace, e[0].name))
-                ],
+                "services": [service_json(s, pods) for _, s in sorted(services.items(), key=lambda e: str(e[0]))],
                 "state_dir": str(self._store.path),
                 "proxy_path": self._proxy_path,
                 "dns_ip": self._config.dns_ip,
@@ -111,7 +106,7 @@ class Api:
                     "message": "",
                 }
             given = [o.id for key in prepared.given for o in prepared.files[key].objects]
-            items = [*control.workloads(self._controller.objects, "mantle"), *(i for i in given if i in prepared.wants)]
+            items = [*workloads(self._controller.objects, "mantle"), *(i for i in given if i in prepared.wants)]
             if options.get("wait", True):
                 async for event in progress(self._controller, items, float(options.get("timeout") or READY_TIMEOUT)):
                     yield event
@@ -134,6 +129,10 @@ class Api:
             yield {"event": "done", "object": "", "namespace": "", "message": ""}
 
         return await _stream(request, events())
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        """What happens to pods from now on, until the client leaves."""
+        return await _stream(request, pod_events(self._controller))
 
     async def _go_down(self, request: web.Request) -> web.StreamResponse:
         return await _stream(request, self._down())
@@ -202,6 +201,20 @@ def pod_json(state: PodState, now: float) -> dict[str, Any]:
             for s in state.status.containers
         ],
     }
+
+
+def service_json(service: Service, pods: Sequence[PodState]) -> dict[str, Any]:
+    """A service in `/v1/status`, with the pods that answer each of its ports now."""
+    models = {p.spec.uid: p.model("") for p in pods if not p.gone}
+    chosen = behind(service, models.values())
+    ports = []
+    for port in service.ports:
+        ends = [
+            {"pod": p.key.name, "uid": p.uid, "port": number} for p in chosen if (number := target(port, p)) is not None
+        ]
+        ports.append({"name": port.name, "port": port.port, "target_port": port.target_port, "endpoints": ends})
+    key = service.key
+    return {"namespace": key.namespace, "name": key.name, "cluster_ip": service.cluster_ip, "ports": ports}
 
 
 # ---- how answers are spelled ----

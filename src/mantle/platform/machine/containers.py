@@ -5,8 +5,9 @@ of programs on the host (`find`), which happens before anything is decided.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 from mantle.platform.machine import images as img
@@ -42,23 +43,16 @@ class Problem:
     fix: str
 
 
-def find(
-    box: Mapping[str, Any],
-    spec: Mapping[str, Any],
-    maps: Iterable[Mapping[str, img.Image]],
-    search: Iterable[str],
-    file: str,
-    control_images: frozenset[str],
-) -> Found | Problem:
+def find(box: Mapping[str, Any], spec: Mapping[str, Any], machine: Machine, file: str) -> Found | Problem:
     """The program that a container runs on this machine, or why there is none."""
-    image = img.resolve(box["image"], maps)
+    image = img.resolve(box["image"], machine.maps)
     if image is None:
         message, fix = img.unmapped(box["image"], file)
         return Problem(("image",), message, fix)
     program = img.join(image, box)
     mounted = [m["mountPath"].rstrip("/") or "/" for m in box.get("volumeMounts") or []]
     inside = any(program.cwd == m or program.cwd.startswith(m + "/") for m in mounted)
-    if not inside and not os.path.isdir(program.cwd):
+    if not inside and not FilePath(program.cwd).is_dir():
         if box.get("workingDir"):
             return Problem(
                 ("workingDir",),
@@ -70,17 +64,19 @@ def find(
             f"the directory {program.cwd} of image {box['image']} does not exist",
             f"correct `directory` at {image.file}:{image.line}",
         )
+    uid, gid, groups, _ = _user(box, spec, machine)
+    viewer = img.Viewer(os.geteuid() if machine.rootless else uid, frozenset((*groups, gid)))
     name = img.expand(program.argv[0], program.env)
     where = (name.startswith(m + "/") for m in mounted)
     if name.startswith("/") and any(where):
-        return Found(program, name, False, tuple(img.exposures(name, program.cwd)))
-    path = img.find_program(name, program.cwd, search)
+        return Found(program, name, False, tuple(img.exposures(name, program.cwd, viewer)))
+    path = img.find_program(name, program.cwd, machine.search, viewer)
     if isinstance(path, img.NotFound):
         at: Path = ("command",) if box.get("command") else ("image",)
         said = "" if box.get("command") or not image.file else f" (image {box['image']}, {image.file}:{image.line})"
         return Problem(at, path.problem + said, path.fix)
-    own = img.untagged(box["image"]) in control_images and image.file == ""
-    return Found(program, path, own, tuple(img.exposures(path, program.cwd)))
+    own = img.untagged(box["image"]) in machine.control_images and image.file == ""
+    return Found(program, path, own, tuple(img.exposures(path, program.cwd, viewer)))
 
 
 @dataclass(slots=True)

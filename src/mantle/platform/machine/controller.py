@@ -13,14 +13,14 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mantle.platform.machine import podfiles
 from mantle.platform.machine import volumes as vol
 from mantle.platform.machine.applying import CONTROL_FILE, Prepared, Request, machine_of, plan_all, prepare
-from mantle.platform.machine.manifest import Object, ObjectId, template
+from mantle.platform.machine.manifest import Object, ObjectId
 from mantle.platform.machine.plan import Machine, Wanted, build
 from mantle.platform.machine.pods import FINISHED, PodFollower, PodState
 from mantle.platform.machine.reconcile import Addresses, Change, Decision, Goal, decide, forget, objects_of, pod_name
@@ -40,7 +40,7 @@ AT_ONCE = 4
 
 
 @dataclass(slots=True)
-class _Trouble:
+class Trouble:
     """A workload whose pod could not even be started."""
 
     message: str
@@ -66,7 +66,7 @@ class Controller:
         self.wants: Mapping[ObjectId, Wanted] = {}
         self._ips = Addresses(*config.pod_range())
         self._service_ips = ServiceAddresses(config, {})
-        self._troubles: dict[ObjectId, _Trouble] = {}
+        self.troubles: dict[ObjectId, Trouble] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._dirty = asyncio.Event()
@@ -128,7 +128,7 @@ class Controller:
 
     def _take(self, files: dict[str, Applied], wants: Mapping[ObjectId, Wanted]) -> None:
         self.files, self.wants = files, wants
-        self._troubles.clear()
+        self.troubles.clear()
         self._addresses_changed()
         self.changed()
 
@@ -176,7 +176,7 @@ class Controller:
             for start in decision.start:
                 self._spawn(self._start(start.object))
             await self._tell()
-            times = [t.again for t in self._troubles.values()] + ([decision.later] if decision.later else [])
+            times = [t.again for t in self.troubles.values()] + ([decision.later] if decision.later else [])
             delay = max(0.0, min(times) - time.time_ns() / 1e9) + 0.01 if times else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
@@ -186,7 +186,7 @@ class Controller:
         now = time.time_ns() / 1e9
         goals = [] if self.closing else [self.goal(want) for want in self.wants.values()]
         decision = decide(goals, [p.running() for p in self.pods.values()], now)
-        start = tuple(s for s in decision.start if (t := self._troubles.get(s.object)) is None or now >= t.again)
+        start = tuple(s for s in decision.start if (t := self.troubles.get(s.object)) is None or now >= t.again)
         return Decision(decision.stop, start, decision.later)
 
     @staticmethod
@@ -255,7 +255,7 @@ class Controller:
             await self._forget(state)
             self._trouble(item, str(error))
             return
-        self._troubles.pop(item, None)
+        self.troubles.pop(item, None)
         self._follow(state, taken_over=False)
         self.changed()
 
@@ -271,9 +271,9 @@ class Controller:
         )
 
     def _trouble(self, item: ObjectId, message: str) -> None:
-        before = self._troubles.get(item)
+        before = self.troubles.get(item)
         wait = RETRY[0] if before is None else min(before.wait * 2, RETRY[1])
-        self._troubles[item] = _Trouble(message, time.time_ns() / 1e9 + wait, wait)
+        self.troubles[item] = Trouble(message, time.time_ns() / 1e9 + wait, wait)
         self.changed()
 
     async def _stop(self, state: PodState, why: str) -> None:
@@ -349,76 +349,3 @@ class Controller:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    # ---- how far things are ----
-
-    def standing(self, item: ObjectId) -> tuple[bool, str]:
-        """(is this workload as wanted, what keeps it from that)."""
-        want = self.wants.get(item)
-        if want is None:
-            return True, ""
-        if trouble := self._troubles.get(item):
-            return False, trouble.message
-        mine = [p for p in self.pods.values() if p.object == item]
-        if any(p.spec.spec_hash != want.hash or p.stopping for p in mine):
-            return False, "waiting for the old pods to stop"
-        if item[0] == "Job":
-            return _job_standing(self.goal(want), mine)
-        ready = sum(p.ready or p.status.phase is Phase.SUCCEEDED for p in mine)
-        if ready >= want.replicas:
-            return True, ""
-        troubles = [f"pod {p.spec.name}: {text}" for p in mine if (text := p.trouble())]
-        return False, "; ".join(troubles[:3]) or f"{ready} of {want.replicas} pods ready"
-
-    def hopeless(self, item: ObjectId) -> bool:
-        """Is a pod of it failing again and again, so that waiting longer is no use?"""
-        for state in self.pods.values():
-            if state.object == item and not state.stopping:
-                for status in state.status.containers:
-                    if (
-                        status.reason in ("CrashLoopBackOff", "StartError")
-                        and status.restarts >= 2
-                        and status.state != "running"
-                    ):
-                        return True
-                if state.status.phase is Phase.FAILED and item[0] == "Pod":
-                    return True
-        return False
-
-
-def _job_standing(goal: Goal, mine: list[PodState]) -> tuple[bool, str]:
-    done = sum(p.status.phase is Phase.SUCCEEDED for p in mine)
-    failed = sum(p.status.phase is Phase.FAILED for p in mine)
-    if done >= goal.completions:
-        return True, ""
-    if failed > goal.backoff_limit:
-        return False, f"failed {failed} times, and backoffLimit is {goal.backoff_limit}"
-    return (True, "") if any(p.ready for p in mine) else (False, f"{done} of {goal.completions} done")
-
-
-async def progress(controller: Controller, items: list[ObjectId], timeout: float) -> AsyncIterator[dict[str, Any]]:
-    """What becomes of these workloads: `ready` for each that is, `waiting` when the reason changes, `error` when it is no use."""
-    deadline = asyncio.get_running_loop().time() + timeout
-    open_items = list(items)
-    said: dict[ObjectId, str] = {}
-    while open_items:
-        left = deadline - asyncio.get_running_loop().time()
-        for item in list(open_items):
-            good, why = controller.standing(item)
-            name = {"object": f"{item[0].lower()}/{item[2]}", "namespace": item[1]}
-            if good:
-                open_items.remove(item)
-                yield {"event": "ready", **name, "message": ""}
-            elif left <= 0 or controller.hopeless(item):
-                open_items.remove(item)
-                yield {"event": "error", **name, "message": f"not ready: {why}"}
-            elif said.get(item) != why:
-                said[item] = why
-                yield {"event": "waiting", **name, "message": why}
-        if open_items:
-            await controller.moved(min(left, 1.0))
-
-
-def workloads(objects: Mapping[ObjectId, Object], namespace: str) -> list[ObjectId]:
-    """The workloads of one namespace."""
-    return [key for key, item in objects.items() if key[1] == namespace and template(item) is not None]

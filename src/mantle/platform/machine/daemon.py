@@ -104,6 +104,7 @@ def _daemon(options: argparse.Namespace, ready: Any) -> int:
         found = store.load_mesh()
         config = found[0] if found else _config(options)
         node_pid = _node(config, store, found[1] if found else {})
+        _write_pids(store)
     except Exception as error:  # nothing runs yet: whoever started us is told, and nothing is left behind
         _tell(ready, error)
         log.error("%s", error)
@@ -111,6 +112,20 @@ def _daemon(options: argparse.Namespace, ready: Any) -> int:
             shutil.rmtree(store.path, ignore_errors=True)
         return CANNOT_START
     return asyncio.run(_serve(config, store, node_pid, ready))
+
+
+def _write_pids(store: StateDir) -> None:
+    """Who we are, for a `mantle down` that finds nobody to talk to."""
+    from mantle.platform.machine.client import process_start
+
+    own, front = os.getpid(), os.getppid()
+    pids = {
+        "daemon_pid": own,
+        "daemon_start": process_start(own),
+        "supervisor_pid": front,
+        "supervisor_start": process_start(front),
+    }
+    store.write("daemon.json", json.dumps(pids).encode())
 
 
 def _config(options: argparse.Namespace) -> MeshConfig:

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from mantle.platform.machine.schema import ENV, TEXT, Map, Obj, Scalar, Seq, Wrong, walk
@@ -153,13 +153,16 @@ def resolve(image: str, maps: Iterable[Mapping[str, Image]]) -> Image | None:
 def unmapped(image: str, beside: str) -> tuple[str, str]:
     """(message, fix) for an image that nobody mapped. `beside`: the manifest's file name."""
     guess = untagged(image).rsplit("/", 1)[-1]
-    folder = os.path.dirname(beside)
-    target = os.path.join(folder, MAP_NAME) if folder else MAP_NAME
-    lines = f"images:\n  {image}:\n    command: [{guess}]   # the program that this image runs, as found on your PATH\n    directory: .         # where it runs, relative to that file"
+    lines = (
+        "images:",
+        f"  {image}:",
+        f"    command: [{guess}]   # the program that this image runs, as found on your PATH",
+        "    directory: .         # where it runs, relative to that file",
+    )
     return (
         f"the image {image} is not mapped to a program of this machine",
-        f"add to {target} (or to a file given with --images):\n"
-        + "\n".join("        " + line for line in lines.split("\n")),
+        f"add to {Path(beside).parent / MAP_NAME} (or to a file given with --images):\n"
+        + "\n".join(" " * 8 + line for line in lines),
     )
 
 
@@ -189,47 +192,63 @@ def expand(text: str, env: Mapping[str, str]) -> str:
     return _VARIABLE.sub(one, text)
 
 
-def find_program(name: str, cwd: str, search: Iterable[str]) -> str | NotFound:
-    """The absolute path of a program: a path is taken from `cwd`, a bare name is looked for in each directory of `search`."""
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """With whose rights a path is looked at."""
+
+    uid: int
+    groups: frozenset[int]
+
+
+def find_program(name: str, cwd: str, search: Iterable[str], viewer: Viewer) -> str | NotFound:
+    """The absolute path of a program: a path is taken from `cwd`, a bare name is looked for in each directory of `search`.
+
+    A program that the viewer can reach by itself is preferred to one that would have to be shown to it.
+    """
     if not name or "\0" in name:
         return NotFound("the command is empty", "name a program")
     if "/" in name:
-        path = os.path.normpath(os.path.join(cwd, name))
-        if os.path.isdir(path):
+        path = Path(os.path.normpath(Path(cwd) / name))
+        if path.is_dir():
             return NotFound(f"{path} is a directory, not a program", "name the program inside it")
-        if not os.path.exists(path):
+        if not path.exists():
             return NotFound(f"the program {path} does not exist", "correct the path, or build it first")
-        return path if os.access(path, os.X_OK) else NotFound(f"{path} may not be executed", f"chmod +x {path}")
+        return str(path) if os.access(path, os.X_OK) else NotFound(f"{path} may not be executed", f"chmod +x {path}")
     search = [entry for entry in search if entry]
-    for entry in search:
-        path = os.path.join(os.path.abspath(entry), name)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
+    found = [
+        str(path)
+        for path in (Path(entry).absolute() / name for entry in search)
+        if path.is_file() and os.access(path, os.X_OK)
+    ]
+    for path_text in found:
+        if can_reach(path_text, viewer):
+            return path_text
+    if found:
+        return found[0]
     shown = ":".join(search[:6]) + ("…" if len(search) > 6 else "")
     return NotFound(f"the program {name} is not on your PATH", f"install it, or write its path (looked in {shown})")
 
 
-def is_private(path: str) -> bool:
-    """Is an ancestor of `path` closed to other users?"""
-    for parent in FilePath(path).parents:
+def can_reach(path: str, viewer: Viewer) -> bool:
+    """May the viewer enter every directory above `path`?"""
+    for parent in Path(path).parents:
         try:
-            if not parent.stat().st_mode & 0o001:
-                return True
+            found = parent.stat()
         except OSError:
             return False
-    return False
+        bit = 0o100 if found.st_uid == viewer.uid else 0o010 if found.st_gid in viewer.groups else 0o001
+        if not found.st_mode & bit:
+            return False
+    return True
 
 
-def exposures(program: str, cwd: str) -> list[str]:
-    """Directories that a pod needs to see though an ancestor is private: where the program and its libraries lie, and where it runs."""
-    wanted = [cwd] if cwd != "/" else []
-    for path in {program, os.path.realpath(program)}:
-        folder = os.path.dirname(path)
-        prefix = os.path.dirname(folder)
-        whole = os.path.basename(folder) == "bin" and os.path.isdir(os.path.join(prefix, "lib")) and _open(prefix)
-        wanted.append(prefix if whole else folder)
-    return sorted({path for path in wanted if os.path.isdir(path) and is_private(path)})
-
-
-def _open(path: str) -> bool:
-    return bool(os.stat(path).st_mode & 0o001)
+def exposures(program: str, cwd: str, viewer: Viewer) -> list[str]:
+    """Directories that a pod must be shown because the viewer cannot reach them: where the program, its interpreter's
+    libraries and its working directory lie.
+    """
+    wanted = [Path(cwd)] if cwd != "/" else []
+    for path in {Path(program), Path(program).resolve()}:
+        prefix = path.parent.parent
+        whole = path.parent.name == "bin" and (prefix / "lib").is_dir() and bool(prefix.stat().st_mode & 0o001)
+        wanted.append(prefix if whole else path.parent)
+    return sorted({str(path) for path in wanted if path.is_dir() and not can_reach(str(path / "x"), viewer)})

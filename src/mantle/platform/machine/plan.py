@@ -118,7 +118,7 @@ def wanted(item: Object, namespace: Object | None, machine: Machine) -> Wanted |
     programs: dict[str, boxes.Found] = {}
     used: list[Any] = []
     for box in [*(final["spec"].get("initContainers") or []), *(final["spec"].get("containers") or [])]:
-        result = boxes.find(box, final["spec"], machine.maps, machine.search, item.file, machine.control_images)
+        result = boxes.find(box, final["spec"], machine, item.file)
         if isinstance(result, boxes.Problem):
             found.append(
                 item.wrong(
