@@ -108,3 +108,6 @@ pub(crate) fn init_log(config: &Config) {
         LogFormat::Json => lines.json().try_init(),
     };
 }
+
+#[cfg(test)]
+mod tests;

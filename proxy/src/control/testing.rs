@@ -151,14 +151,15 @@ impl Plane {
         }))
     }
 
-    /// Serves on `listener` until the task is aborted.
+    /// Serves on `listener` until the task is aborted, which ends every connection too.
     pub(crate) fn serve(&self, listener: TcpListener, tls: Option<Arc<ServerConfig>>) -> tokio::task::JoinHandle<()> {
         let services = self.services.clone();
         tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
             loop {
                 let (io, _) = listener.accept().await.expect("accept");
                 let (services, tls) = (services.clone(), tls.clone());
-                tokio::spawn(async move {
+                connections.spawn(async move {
                     let Some(tls) = tls else { return http2(io, services, String::new()).await };
                     let Ok(io) = TlsAcceptor::from(tls).accept(io).await else { return };
                     let leaf = io.get_ref().1.peer_certificates().and_then(|chain| crate::tls::peer_id(&chain[0]));
