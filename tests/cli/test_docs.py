@@ -24,7 +24,7 @@ EMOJIVOTO, MANTLE = "emojivoto", "mantle"
 
 def examples(page: str) -> list[tuple[str, str]]:
     """(command line, output) of each example of a page."""
-    blocks = re.findall(r"```console\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    blocks = re.findall(r"```text\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     return [
         (match[1], match[2]) for block in blocks for match in re.finditer(r"\$ mantle (.*)\n((?:(?!\$ ).*\n)*)", block)
     ]
