@@ -40,7 +40,7 @@ class ContainerPort:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The workload a pod belongs to, as users name it: `Deployment/web`, never the ReplicaSet between. A pod of its own: `Pod/NAME`."""
+    """The workload a pod belongs to, as users name it: `Deployment/web`, never the ReplicaSet between; else `Pod/NAME`."""
 
     kind: str
     name: str
@@ -63,7 +63,7 @@ class Pod:
     node: str = ""
     host_network: bool = False
     proxy_started: bool = False
-    """True once a `mantle-proxy` container of this pod has started: with the control-plane label, the pod has an identity."""
+    """True once a `mantle-proxy` container of this pod has started: a labelled pod then has an identity."""
     probe_paths: tuple[tuple[int, str], ...] = ()
     """(port, path) of each httpGet probe: reachable without identity where the policy would refuse."""
 

@@ -195,3 +195,17 @@ class NotADestination(StrEnum):
     MALFORMED = "malformed"
     NOT_A_SERVICE_NAME = "not_a_service_name"
     AN_ADDRESS = "an_address"
+
+
+@unique
+class Unproven(StrEnum):
+    """Why traffic is not called secured though its proxy gave no `NoTls`."""
+
+    UNKNOWN = "unknown"
+    """The proxy named no state that we know: without proof nothing is secured."""
+    PASSTHRU = "passthru"
+    """The application's own TLS, passed through: encrypted, by whom is not known to the mesh."""
+    NO_CLIENT_IDENTITY = "no_client_identity"
+    """Mesh TLS, but the client showed no certificate."""
+    DISABLED = "disabled"
+    """A proxy without identity (linkerd2-proxy only)."""

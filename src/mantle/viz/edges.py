@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mantle.core.model import Pod, Snapshot
+from mantle.core.reasons import Unproven
 from mantle.viz.mesh import is_live, is_meshed
 from mantle.viz.source import (
     CLIENTS_OPEN,
@@ -26,7 +27,6 @@ from mantle.viz.source import (
     Point,
     Subject,
     Traffic,
-    Unproven,
     reason_word,
 )
 

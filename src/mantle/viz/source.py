@@ -6,12 +6,12 @@ a client of it will. The readers (`stat.py`, `edges.py`) take the values below a
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from mantle.core.model import Owner
+from mantle.core.reasons import Unproven
 from mantle.viz.promtext import Series
 
 REQUESTS = "request_total"
@@ -27,21 +27,6 @@ CLIENTS_OPEN = "mantle_edge_clients_open"
 
 COUNTERS = (REQUESTS, RESPONSES, LATENCY_BUCKET, TCP_OPENED, TCP_READ, TCP_WRITTEN)
 GAUGES = (TCP_OPEN,)
-
-
-@enum.unique
-class Unproven(enum.StrEnum):
-    """Why traffic is not called secured though its proxy gave no reason of `core.reasons.NoTls`."""
-
-    UNKNOWN = "unknown"
-    """The proxy named no state that we know: without proof nothing is secured."""
-    PASSTHRU = "passthru"
-    """The application's own TLS, passed through: encrypted, by whom is not known to the mesh."""
-    NO_CLIENT_IDENTITY = "no_client_identity"
-    """Mesh TLS, but the client showed no certificate."""
-    DISABLED = "disabled"
-    """A proxy without identity (linkerd2-proxy only)."""
-
 
 _OUR_WORDS = {"no_tls_from_remote": "not_provided_by_remote"}
 
