@@ -83,7 +83,12 @@ class View:
             mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | kept)
 
     def seal(self) -> None:
-        """The last step: what stands in for a directory of the host cannot be written to, whoever the container is."""
+        """The last step: what stands in for a directory of the host cannot be written to, whoever the container is.
+
+        Neither can /proc/sys: without root, the owner of the network namespace could change the pod's network there.
+        """
+        mount("/proc/sys", "/proc/sys", None, MS_BIND | MS_REC)
+        mount(None, "/proc/sys", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
         for directory in self._ours - self._scratch:
             mount(None, directory, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 

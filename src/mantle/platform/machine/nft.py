@@ -149,7 +149,8 @@ class Batch(Netlink):
             kind = 0
             for part, _ in parts:
                 kind = kind << 6 | part
-            return kind, sum((length + 3) & ~3 for _, length in parts)
+            # Only the parts of a concatenation fill whole registers of four bytes.
+            return kind, parts[0][1] if len(parts) == 1 else sum((length + 3) & ~3 for _, length in parts)
 
         key_type, key_length = combined(key)
         flags = (_SET_MAP if value else 0) | (_SET_CONCAT if len(key) > 1 else 0)
