@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -58,6 +59,9 @@ def command(flags: Globals, every: bool) -> int:
 def take_down(mesh: str, say: Callable[[str], None]) -> None:
     """Asks the daemon to end everything, or does it when there is none. `say` gets a line for each pod that is gone."""
     directory = state_root() / mesh
+    lock = _lock(directory)
+    if lock >= 0:
+        os.close(lock)
     asked = is_running(mesh)
     if asked:
         try:
@@ -77,6 +81,7 @@ def clean_up(directory: Path, ending: bool) -> None:
     """
     from mantle.platform.machine.client import kill_node, process_start
 
+    lock = _lock(directory)  # a daemon that is starting holds it: let it come up, then end it
     known = _known(directory)
     for pid_key, start_key in (
         ("supervisor_pid", "supervisor_start"),
@@ -88,8 +93,28 @@ def clean_up(directory: Path, ending: bool) -> None:
             kill_node(pid)
             _wait_gone(pid)
     shutil.rmtree(directory, ignore_errors=True)
+    if lock >= 0:
+        os.close(lock)
     if directory.exists():
         raise Failure(f"{directory} could not be removed", fix="remove it by hand")
+
+
+def _lock(directory: Path) -> int:
+    """The directory locked, waiting for whoever has it for so long at most; -1 if that was too long or it is gone."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    deadline = time.monotonic() + _GONE_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                return -1
+            time.sleep(0.05)
 
 
 def sweep(root: Path) -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -35,7 +37,8 @@ RESTART_PAUSE = (0.05, 5.0)
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     ready = os.fdopen(options.ready_fd, "w") if options.ready_fd is not None else None
-    pause = RESTART_PAUSE[0]
+    _warm_up()
+    pause, first = RESTART_PAUSE[0], True
     while True:
         began = time.monotonic()
         child = os.fork()
@@ -54,10 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         _pass_signals(child)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
-        if code == 0 or (code == CANNOT_START and time.monotonic() - began < 2.0):
+        if code == 0 or (code == CANNOT_START and first) or not options.state_dir.exists():
             return code
+        first = False
         pause = RESTART_PAUSE[0] if time.monotonic() - began > 10.0 else min(pause * 2, RESTART_PAUSE[1])
         time.sleep(pause)
+
+
+def _warm_up() -> None:
+    """Imports what a daemon needs, before it is forked: one that follows another answers DNS in a fraction of the time.
+
+    Nothing that starts threads: grpc is imported by the daemon itself.
+    """
+    for name in ("ruamel.yaml", "aiohttp", *(f"mantle.platform.machine.{m}" for m in _OWN)):
+        importlib.import_module(name)
+
+
+_OWN = ("client", "controller", "controlplane", "dns_server", "host", "noderuntime", "tokenfiles", "trust", "world")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,6 +110,10 @@ def _daemon(options: argparse.Namespace, ready: Any) -> int:
     store = StateDir(options.state_dir)
     try:
         store.create()
+        starting = store.lock()
+        if _somebody_answers(store):
+            _tell(ready, None)
+            return 0
         logging.basicConfig(
             filename=store.log,
             level=logging.INFO,
@@ -111,7 +131,17 @@ def _daemon(options: argparse.Namespace, ready: Any) -> int:
         if store.load_mesh() is None:
             shutil.rmtree(store.path, ignore_errors=True)
         return CANNOT_START
-    return asyncio.run(_serve(config, store, node_pid, ready))
+    return asyncio.run(_serve(config, store, node_pid, ready, starting))
+
+
+def _somebody_answers(store: StateDir) -> bool:
+    """Another daemon of this mesh was faster."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(store.api))
+        except OSError:
+            return False
+    return True
 
 
 def _write_pids(store: StateDir) -> None:
@@ -163,8 +193,8 @@ def _tell(ready: Any, error: Exception | None) -> None:
         ready.close()
 
 
-async def _serve(config: MeshConfig, store: StateDir, node_pid: int, ready: Any) -> int:
-    """Everything, in the order in which it comes up: DNS first, the API last."""
+async def _serve(config: MeshConfig, store: StateDir, node_pid: int, ready: Any, starting: int) -> int:
+    """Everything, in the order in which it comes up: DNS first, the API last, then the lock on starting is given up."""
     from mantle.core.names import MeshNames
     from mantle.platform.machine import host, trust
     from mantle.platform.machine.controller import Controller
@@ -226,6 +256,7 @@ async def _serve(config: MeshConfig, store: StateDir, node_pid: int, ready: Any)
         for task in tasks:
             task.cancel()
         return CANNOT_START
+    os.close(starting)
     _tell(ready, None)
     log.info("mesh %s: ready", config.name)
     code = await end

@@ -5,6 +5,7 @@ Nothing here decides anything. Every file is replaced whole, mode 0600. Paths ar
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import json
 import os
@@ -84,12 +85,20 @@ class StateDir:
 
     def create(self) -> None:
         """The directories, 0700. Raises PermissionError when they belong to somebody else."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for directory in (self.path, self.control, self.pods, self.path / "issuer"):
+        self.path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)  # others may learn whose a mesh is, no more
+        for directory in (self.path.parent, self.path):
             directory.mkdir(mode=0o700, exist_ok=True)
             if directory.stat().st_uid != os.geteuid():
                 raise PermissionError(f"{directory} belongs to another user")
-            directory.chmod(0o700)
+        self.path.parent.chmod(0o711)
+        for directory in (self.control, self.pods, self.path / "issuer"):
+            directory.mkdir(mode=0o700, exist_ok=True)
+
+    def lock(self) -> int:
+        """Waits until nobody else starts or removes this mesh. The descriptor returned is the lock: closing it gives it up."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return descriptor
 
     def write(self, name: str, data: bytes) -> None:
         """One file, whole or not at all."""
