@@ -21,8 +21,9 @@ use nft::{Batch, Chain, Hook, Nft};
 
 const TABLE: &str = "mantle";
 const USAGE: &str = "usage: mantle-proxy redirect install|verify|remove [--inbound-port 4143] [--outbound-port 4140] \
-    [--proxy-uid UID] [--proxy-mark MARK] [--skip-inbound-ports 4190,4191] [--skip-outbound-ports PORTS]\n\
-    PORTS are like 25,587 or 8000-8010. install and verify need at least one of --proxy-uid and --proxy-mark.";
+    [--proxy-uid UID] [--proxy-mark MARK] [--skip-inbound-ports 4190,4191] [--skip-outbound-ports PORTS] \
+    [--skip-subnets NETWORKS]\n\
+    PORTS are like 25,587 or 8000-8010, NETWORKS like 10.1.0.0/16,fd00::/8. install and verify need at least one of --proxy-uid and --proxy-mark.";
 
 /// What is redirected where, and who is exempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +36,15 @@ struct Rules {
     proxy_mark: Option<u32>,
     skip_inbound: Vec<PortRange>,
     skip_outbound: Vec<PortRange>,
+    /// Whole networks that pass the proxy by, as clients and as destinations.
+    skip_subnets: Vec<Subnet>,
+}
+
+/// First and last address of a network, in network byte order: 4 or 16 bytes each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Subnet {
+    first: Vec<u8>,
+    last: Vec<u8>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,10 +134,12 @@ fn chains(rules: &Rules) -> Vec<Chain> {
     }
     output.push([nft::meta(nft::META_OIFNAME), nft::equal(&nft::interface("lo")), nft::accept()].concat());
     output.extend(rules.skip_outbound.iter().map(|range| skip(*range)));
+    output.extend(rules.skip_subnets.iter().map(|subnet| skip_subnet(subnet, nft::Address::Destination)));
     output.push([nft::tcp(), nft::redirect(rules.outbound_port)].concat());
 
     let mut input = vec![[nft::meta(nft::META_IIFNAME), nft::equal(&nft::interface("lo")), nft::accept()].concat()];
     input.extend(rules.skip_inbound.iter().map(|range| skip(*range)));
+    input.extend(rules.skip_subnets.iter().map(|subnet| skip_subnet(subnet, nft::Address::Source)));
     input.push([nft::tcp(), nft::redirect(rules.inbound_port)].concat());
 
     vec![
@@ -143,6 +155,16 @@ fn skip(range: PortRange) -> Vec<u8> {
         nft::within(&range.first.to_be_bytes(), &range.last.to_be_bytes())
     };
     [nft::tcp(), nft::destination_port(), port, nft::accept()].concat()
+}
+
+fn skip_subnet(subnet: &Subnet, which: nft::Address) -> Vec<u8> {
+    let (load, of_family) = nft::address(which, subnet.first.len() == 4);
+    let inside = if subnet.first == subnet.last {
+        nft::equal(&subnet.first)
+    } else {
+        nft::within(&subnet.first, &subnet.last)
+    };
+    [of_family, load, inside, nft::accept()].concat()
 }
 
 /// Reads the table back and says everything that is not exactly as asked.
@@ -246,6 +268,7 @@ fn parse(args: &[String]) -> Result<Command, Vec<String>> {
         proxy_mark: None,
         skip_inbound: vec![PortRange { first: 4190, last: 4191 }],
         skip_outbound: Vec::new(),
+        skip_subnets: Vec::new(),
     };
     let mut verb = None;
     let mut rest = args.iter();
@@ -277,6 +300,7 @@ fn parse(args: &[String]) -> Result<Command, Vec<String>> {
             }),
             "--skip-inbound-ports" => ports(value).map(|v| rules.skip_inbound = v),
             "--skip-outbound-ports" => ports(value).map(|v| rules.skip_outbound = v),
+            "--skip-subnets" => subnets(value).map(|v| rules.skip_subnets = v),
             _ => Err("no such flag".to_owned()),
         };
         if let Err(why) = set {
@@ -320,6 +344,30 @@ fn ports(text: &str) -> Result<Vec<PortRange>, String> {
             if range.first > range.last { Err(format!("the range {part} is backwards")) } else { Ok(range) }
         })
         .collect()
+}
+
+/// A comma-separated list of networks; the empty text is the empty list.
+fn subnets(text: &str) -> Result<Vec<Subnet>, String> {
+    text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(subnet).collect()
+}
+
+fn subnet(text: &str) -> Result<Subnet, String> {
+    let wrong = || format!("{text} is not a network such as 10.1.0.0/16 or fd00::/8");
+    let (address, length) = text.split_once('/').ok_or_else(wrong)?;
+    let first = match address.parse().map_err(|_| wrong())? {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    let length: usize = length.parse().ok().filter(|length| *length <= first.len() * 8).ok_or_else(wrong)?;
+    let mut last = first.clone();
+    for bit in length..first.len() * 8 {
+        let mask = 0x80 >> (bit % 8);
+        if first[bit / 8] & mask != 0 {
+            return Err(format!("{text} has address bits behind its length"));
+        }
+        last[bit / 8] |= mask;
+    }
+    Ok(Subnet { first, last })
 }
 
 impl fmt::Display for Error {

@@ -37,6 +37,7 @@ pub(super) const META_MARK: u32 = 3;
 pub(super) const META_IIFNAME: u32 = 6;
 pub(super) const META_OIFNAME: u32 = 7;
 pub(super) const META_SKUID: u32 = 10;
+const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 
 /// A NAT base chain with its rules, each the concatenation of its expressions.
@@ -111,6 +112,26 @@ pub(super) fn tcp() -> Vec<u8> {
 /// Two bytes at offset 2 of the transport header.
 pub(super) fn destination_port() -> Vec<u8> {
     expression("payload", &[word(1, 1), word(2, 2), word(3, 2), word(4, 2)])
+}
+
+/// An address of the network header.
+#[derive(Clone, Copy)]
+pub(super) enum Address {
+    Source,
+    Destination,
+}
+
+/// Loads an address, and the check that the packet is of its family at all (the table sees both).
+pub(super) fn address(which: Address, v4: bool) -> (Vec<u8>, Vec<u8>) {
+    let (family, offset, length) = match (v4, which) {
+        (true, Address::Source) => (libc::NFPROTO_IPV4, 12, 4),
+        (true, Address::Destination) => (libc::NFPROTO_IPV4, 16, 4),
+        (false, Address::Source) => (libc::NFPROTO_IPV6, 8, 16),
+        (false, Address::Destination) => (libc::NFPROTO_IPV6, 24, 16),
+    };
+    let load = expression("payload", &[word(1, 1), word(2, 1), word(3, offset), word(4, length)]);
+    let family = u8::try_from(family).expect("a protocol family is a byte");
+    (load, [meta(META_NFPROTO), equal(&[family])].concat())
 }
 
 /// Ends the evaluation of this hook: the packet keeps its destination.

@@ -85,6 +85,34 @@ fn every_flag_makes_a_difference() {
 }
 
 #[test]
+fn networks_pass_by_in_both_directions_and_both_families() {
+    in_namespace(|| {
+        let base = "--proxy-uid 2102 --skip-subnets 10.1.0.0/16,192.0.2.7/32,fd00::/8";
+        let ours = rules(base);
+        install(&ours).expect("installs");
+        assert_eq!(differences(&ours), Vec::<String>::new());
+        for (from, to) in [("10.1.0.0/16", "10.1.0.0/17"), ("192.0.2.7", "192.0.2.8"), ("fd00::/8", "fc00::/7")] {
+            assert_eq!(
+                differences(&rules(&base.replace(from, to))).len(),
+                2,
+                "one rule on the way in and one on the way out: {from} -> {to}"
+            );
+        }
+    });
+}
+
+#[test]
+fn a_network_is_said_exactly() {
+    let wrong = |text: &str| subnets(text).expect_err(text);
+    for text in ["10.0.0.0", "10.0.0.0/33", "fd00::/129", "ten/8", "10.0.0.0/"] {
+        assert_eq!(wrong(text), format!("{text} is not a network such as 10.1.0.0/16 or fd00::/8"));
+    }
+    assert_eq!(wrong("10.1.0.0/8"), "10.1.0.0/8 has address bits behind its length");
+    assert_eq!(subnets("0.0.0.0/0"), Ok(vec![Subnet { first: vec![0; 4], last: vec![255; 4] }]));
+    assert_eq!(subnets(""), Ok(Vec::new()));
+}
+
+#[test]
 fn a_rule_put_in_by_someone_else_is_seen() {
     in_namespace(|| {
         let ours = rules("--proxy-uid 2102");
