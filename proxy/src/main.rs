@@ -14,6 +14,7 @@ mod discovery;
 mod drain;
 mod edges;
 mod http1;
+mod http2;
 mod identity;
 mod inbound;
 mod link;
@@ -32,7 +33,8 @@ mod upstream;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-const USAGE: &str = "usage: mantle-proxy [run]                        serve, configured by MANTLE_PROXY_* in the environment
+const USAGE: &str =
+    "usage: mantle-proxy [run]                        serve, configured by MANTLE_PROXY_* in the environment
        mantle-proxy redirect install|verify|remove  the packet rules that bring a pod's traffic (--help)
        mantle-proxy --version";
 

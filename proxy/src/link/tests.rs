@@ -245,9 +245,9 @@ fn a_draining_peer_finishes_what_is_open_and_gets_no_more() {
 
 #[test]
 fn a_new_certificate_means_a_new_link_and_the_old_one_drains() {
-    play(|links, server, _| async move {
+    play(|links, _, _| async move {
         let ca = Ca::new();
-        let server = Server { ..self::server(Arc::new(ca.credentials(API))).await };
+        let server = self::server(Arc::new(ca.credentials(API))).await;
         let api = endpoint(&server, API);
         let old = Arc::new(ca.credentials(WEB));
         let new = Arc::new(Credentials { epoch: 2, ..ca.credentials(WEB) });

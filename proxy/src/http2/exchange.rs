@@ -1,0 +1,256 @@
+//! One request and its response: both bodies at once, trailers, resets.
+//!
+//! Each direction is a loop that holds one chunk at a time and gives the sender credit only when the receiver has taken
+//! it. A direction that fails resets the other side with the same reason.
+
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::task::Poll;
+
+use bytes::Bytes;
+use h2::client::ResponseFuture;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream, SendStream};
+use http::request::Parts;
+use http::{HeaderMap, Request, Response, Version};
+use tokio::time::Instant;
+
+use super::head::{clean, grpc_status, is_grpc, strip_reserved};
+use super::pool::sender;
+use super::{Record, Refusal, Service, Serving};
+
+/// Sends a request to the server that the service picks and its response to the client.
+///
+/// # Errors
+/// The refusal to give to the client, with the means to do so: nothing was answered yet.
+pub(super) async fn run<S: Service>(
+    serving: &Serving<S>,
+    mut parts: Parts,
+    body: RecvStream,
+    mut respond: SendResponse<Bytes>,
+) -> Result<(), (Refusal, SendResponse<Bytes>)> {
+    let picked = tokio::select! {
+        picked = serving.service.pick(&mut parts) => picked,
+        _ = gone(&mut respond) => return Ok(()),
+    };
+    let picked = match picked {
+        Ok(picked) => picked,
+        Err(refusal) => return Err((refusal, respond)),
+    };
+    let mut ticket = picked.ticket;
+    let ready = tokio::select! {
+        ready = sender(serving, picked.key, &ticket) => ready,
+        _ = gone(&mut respond) => return Ok(()),
+    };
+    let mut send = match ready {
+        Ok(send) => send,
+        Err(refusal) => {
+            ticket.end(true);
+            return Err((refusal, respond));
+        }
+    };
+    if parts.uri.authority().is_none() {
+        parts.version = Version::HTTP_11; // how `h2` is told that the target has a path alone
+    }
+    let sent = Instant::now();
+    let (response, upstream) = match send.send_request(Request::from_parts(parts, ()), body.is_end_stream()) {
+        Ok(sent) => sent,
+        Err(error) => {
+            ticket.end(true);
+            let closed = error.is_io() || error.reason().is_some();
+            return Err((if closed { NO_RESPONSE } else { BAD_REQUEST }, respond));
+        }
+    };
+    drop(send);
+    // Both directions at once: a server may answer before it has read, a client may speak after it has heard.
+    let outcome = {
+        let mut upload = pin!(upload(body, upstream));
+        let mut download = pin!(download(response, &mut respond, &mut ticket, picked.strip_response, sent));
+        let mut uploading = true;
+        let outcome = loop {
+            tokio::select! {
+                outcome = &mut download => break outcome,
+                () = &mut upload, if uploading => uploading = false,
+            }
+        };
+        if outcome.is_ok() && uploading {
+            upload.await; // else what is left of the request is dropped, which resets it at the server
+        }
+        outcome
+    };
+    ticket.end(outcome.is_err());
+    match outcome {
+        Ok(()) | Err(Failed::ReceiverGone | Failed::Passed) => Ok(()),
+        Err(Failed::Reset(reason)) => {
+            respond.send_reset(reason);
+            Ok(())
+        }
+        Err(Failed::ServerGone) => Err((NO_RESPONSE, respond)),
+    }
+}
+
+/// Why a response did not arrive whole.
+enum Failed {
+    /// The server reset the request before it answered.
+    Reset(Reason),
+    /// The connection to the server ended before it answered.
+    ServerGone,
+    /// Whom the bytes are for wants no more of them.
+    ReceiverGone,
+    /// The bytes broke off, and their receiver was told by a reset.
+    Passed,
+}
+
+/// The response with its body and trailers.
+async fn download(
+    response: ResponseFuture,
+    respond: &mut SendResponse<Bytes>,
+    ticket: &mut impl Record,
+    strip: bool,
+    sent: Instant,
+) -> Result<(), Failed> {
+    let (mut head, body) = answer(response, respond).await?.into_parts();
+    clean(&mut head.headers);
+    if strip {
+        strip_reserved(&mut head.headers);
+    }
+    let visit = |each: &mut dyn FnMut(&str, &[u8])| {
+        head.headers.iter().for_each(|(name, value)| each(name.as_str(), value.as_bytes()));
+    };
+    ticket.response(head.status.as_u16(), &visit, sent.elapsed());
+    let grpc = is_grpc(&head.headers);
+    let in_head = grpc_status(&head.headers);
+    let over = body.is_end_stream();
+    let client = respond.send_response(Response::from_parts(head, ()), over).map_err(|_| Failed::ReceiverGone)?;
+    let in_trailers = match over {
+        true => None,
+        false => pump(body, client, |n| ticket.body(n)).await?.as_ref().and_then(grpc_status),
+    };
+    if let Some(code) = in_trailers.or(in_head).filter(|_| grpc) {
+        ticket.grpc_status(code);
+    }
+    Ok(())
+}
+
+/// The response's head; interim responses (100, 103) go to the client as they come.
+async fn answer(
+    mut response: ResponseFuture,
+    respond: &mut SendResponse<Bytes>,
+) -> Result<Response<RecvStream>, Failed> {
+    loop {
+        let next = poll_fn(|cx| {
+            if let Poll::Ready(interim) = response.poll_informational(cx)
+                && let Some(Ok(interim)) = interim
+            {
+                return Poll::Ready(Next::Interim(interim));
+            }
+            if let Poll::Ready(head) = Pin::new(&mut response).poll(cx) {
+                return Poll::Ready(Next::Head(head));
+            }
+            respond.poll_reset(cx).map(|_| Next::ClientGone)
+        })
+        .await;
+        match next {
+            Next::Interim(mut interim) => {
+                clean(interim.headers_mut());
+                respond.send_informational(interim).map_err(|_| Failed::ReceiverGone)?;
+            }
+            Next::Head(Ok(head)) => return Ok(head),
+            Next::Head(Err(error)) => {
+                let reset = error.is_reset().then(|| error.reason()).flatten();
+                return Err(reset.map_or(Failed::ServerGone, Failed::Reset));
+            }
+            Next::ClientGone => return Err(Failed::ReceiverGone),
+        }
+    }
+}
+
+enum Next {
+    Interim(Response<()>),
+    Head(Result<Response<RecvStream>, h2::Error>),
+    ClientGone,
+}
+
+/// The request's body and trailers, to their end or until one side gives up.
+async fn upload(body: RecvStream, server: SendStream<Bytes>) {
+    if !body.is_end_stream() {
+        let _ = pump(body, server, |_| {}).await; // what failed was told to both sides
+    }
+}
+
+/// Moves a body with its trailers from one connection to the other; returns the trailers.
+async fn pump(
+    mut from: RecvStream,
+    mut to: SendStream<Bytes>,
+    mut meter: impl FnMut(u64),
+) -> Result<Option<HeaderMap>, Failed> {
+    loop {
+        let chunk = poll_fn(|cx| {
+            if let Poll::Ready(reset) = to.poll_reset(cx) {
+                return Poll::Ready(Err(reset.ok()));
+            }
+            from.poll_data(cx).map(Ok)
+        })
+        .await;
+        match chunk {
+            // The receiver wants no more: dropping `from` tells the sender.
+            Err(_) => return Err(Failed::ReceiverGone),
+            Ok(Some(Ok(mut bytes))) => {
+                let taken = bytes.len();
+                while !bytes.is_empty() {
+                    let room = room(&mut to, bytes.len()).await.ok_or(Failed::ReceiverGone)?;
+                    let part = bytes.split_to(room.min(bytes.len()));
+                    meter(part.len() as u64);
+                    to.send_data(part, false).map_err(|_| Failed::ReceiverGone)?;
+                }
+                // Only what was taken is credited: a slow receiver slows its sender.
+                let _ = from.flow_control().release_capacity(taken);
+            }
+            Ok(Some(Err(error))) => {
+                to.send_reset(error.reason().unwrap_or(Reason::INTERNAL_ERROR));
+                return Err(Failed::Passed);
+            }
+            Ok(None) => break,
+        }
+    }
+    match from.trailers().await {
+        Ok(Some(mut trailers)) => {
+            clean(&mut trailers);
+            to.send_trailers(trailers.clone()).map_err(|_| Failed::ReceiverGone)?;
+            Ok(Some(trailers))
+        }
+        Ok(None) => {
+            to.send_data(Bytes::new(), true).map_err(|_| Failed::ReceiverGone)?;
+            Ok(None)
+        }
+        Err(error) => {
+            to.send_reset(error.reason().unwrap_or(Reason::INTERNAL_ERROR));
+            Err(Failed::Passed)
+        }
+    }
+}
+
+/// Waits until the receiver takes some of `wanted` bytes; `None`: it takes no more.
+async fn room(to: &mut SendStream<Bytes>, wanted: usize) -> Option<usize> {
+    to.reserve_capacity(wanted);
+    loop {
+        let granted = poll_fn(|cx| {
+            if to.poll_reset(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            to.poll_capacity(cx).map(|capacity| capacity?.ok())
+        })
+        .await?;
+        if granted > 0 {
+            return Some(granted);
+        }
+    }
+}
+
+/// Resolves when the client has reset its request.
+async fn gone(respond: &mut SendResponse<Bytes>) {
+    let _ = poll_fn(|cx| respond.poll_reset(cx)).await;
+}
+
+const BAD_REQUEST: Refusal = Refusal { status: 400, reason: "malformed" };
+const NO_RESPONSE: Refusal = Refusal { status: 502, reason: "server_closed" };

@@ -1,0 +1,397 @@
+//! Clients and servers of the `h2` crate with the proxy between them, over real sockets on loopback.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+
+use h2::client::{self, SendRequest};
+use h2::{Reason, server};
+use http::{HeaderMap, Method, Response};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio::task::{LocalSet, spawn_local};
+
+use super::*;
+use crate::drain;
+
+/// What the records of all requests were told.
+#[derive(Default)]
+struct Book {
+    ends: RefCell<Vec<(u16, Option<u8>, u64, bool)>>,
+    refused: RefCell<Vec<Refusal>>,
+    connected: Cell<usize>,
+    ended: Notify,
+    /// Why clients gave up requests that the application never answers.
+    given_up: RefCell<Vec<Reason>>,
+    gave_up: Notify,
+}
+
+struct Ticket {
+    book: Rc<Book>,
+    to: SocketAddr,
+    seen: (u16, Option<u8>, u64, bool),
+}
+
+impl Record for Ticket {
+    fn response(&mut self, status: u16, headers: VisitHeaders<'_>, _: Duration) {
+        self.seen.0 = status;
+        headers(&mut |name, _| assert!(!name.is_empty()));
+    }
+    fn body(&mut self, bytes: u64) {
+        self.seen.2 += bytes;
+    }
+    fn grpc_status(&mut self, code: u8) {
+        self.seen.1 = Some(code);
+    }
+    fn end(mut self, failed: bool) {
+        self.seen.3 = failed;
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.book.ends.borrow_mut().push(self.seen);
+        self.book.ended.notify_one();
+    }
+}
+
+/// Requests go to the servers in turn; `/denied` is refused.
+struct Turns {
+    servers: Vec<SocketAddr>,
+    next: Cell<usize>,
+    book: Rc<Book>,
+}
+
+impl Service for Turns {
+    type Io = TcpStream;
+    type Ticket = Ticket;
+
+    async fn pick(&self, request: &mut Parts) -> Result<Picked<Ticket>, Refusal> {
+        if request.uri.path() == "/denied" {
+            return Err(Refusal { status: 403, reason: "unauthorized" });
+        }
+        request.headers.insert("l5d-client-id", "web.shop".parse().unwrap());
+        let to = self.servers[self.next.replace(self.next.get() + 1) % self.servers.len()];
+        let ticket = Ticket { book: self.book.clone(), to, seen: (0, None, 0, true) };
+        Ok(Picked { key: to, ticket, strip_response: true })
+    }
+
+    async fn connect(&self, ticket: &Ticket) -> Result<TcpStream, Refusal> {
+        self.book.connected.set(self.book.connected.get() + 1);
+        let refused = Refusal { status: 504, reason: "connect_failed" };
+        TcpStream::connect(ticket.to).await.map_err(|_| refused)
+    }
+
+    fn refused(&self, refusal: Refusal) -> bool {
+        self.book.refused.borrow_mut().push(refusal);
+        true
+    }
+}
+
+/// Serves each path in its own way, as an application would.
+async fn application(listener: TcpListener, book: Rc<Book>) {
+    loop {
+        let (io, _) = listener.accept().await.unwrap();
+        let book = book.clone();
+        spawn_local(async move {
+            let Ok(mut connection) = server::handshake(io).await else { return };
+            while let Some(Ok((request, respond))) = connection.accept().await {
+                spawn_local(answer(request, respond, book.clone()));
+            }
+        });
+    }
+}
+
+async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, book: Rc<Book>) {
+    let (parts, mut body) = request.into_parts();
+    let ok = |kind: &str| Response::builder().header("content-type", kind).header("l5d-forged", "1").body(()).unwrap();
+    match parts.uri.path() {
+        "/headers" => {
+            let names: Vec<_> = parts.headers.iter().map(|(n, v)| format!("{n}={}", v.to_str().unwrap())).collect();
+            let mut stream = respond.send_response(ok("text/plain"), false).unwrap();
+            stream.send_data(names.join("\n").into(), true).unwrap();
+        }
+        "/echo" => {
+            let mut stream = respond.send_response(ok("application/grpc"), false).unwrap();
+            while let Some(chunk) = body.data().await {
+                let Ok(chunk) = chunk else { return };
+                let n = chunk.len();
+                send_all(&mut stream, chunk).await;
+                body.flow_control().release_capacity(n).unwrap();
+            }
+            let mut trailers = body.trailers().await.unwrap().unwrap_or_default();
+            trailers.insert("grpc-status", "5".parse().unwrap());
+            stream.send_trailers(trailers).unwrap();
+        }
+        "/hints" => {
+            respond.send_informational(Response::builder().status(103).body(()).unwrap()).unwrap();
+            respond.send_response(Response::new(()), true).unwrap();
+        }
+        "/reset" => respond.send_reset(Reason::ENHANCE_YOUR_CALM),
+        "/half" => {
+            let mut stream = respond.send_response(ok("text/plain"), false).unwrap();
+            stream.send_data("half".into(), false).unwrap();
+            let _ = body.data().await;
+            stream.send_reset(Reason::INTERNAL_ERROR);
+        }
+        _ => {
+            let reason = std::future::poll_fn(|cx| respond.poll_reset(cx)).await.unwrap();
+            book.given_up.borrow_mut().push(reason);
+            book.gave_up.notify_one();
+        }
+    }
+}
+
+async fn send_all(stream: &mut h2::SendStream<Bytes>, mut bytes: Bytes) {
+    while !bytes.is_empty() {
+        stream.reserve_capacity(bytes.len());
+        let room = std::future::poll_fn(|cx| stream.poll_capacity(cx)).await.unwrap().unwrap();
+        stream.send_data(bytes.split_to(room.min(bytes.len())), false).unwrap();
+    }
+}
+
+struct Stage {
+    send: SendRequest<Bytes>,
+    book: Rc<Book>,
+    shutdown: drain::Shutdown,
+    /// How serving ended, once it has.
+    end: Rc<RefCell<Option<End>>>,
+    over: Rc<Notify>,
+}
+
+/// A client, the proxy, and `servers` applications.
+fn play<F: Future<Output = ()>>(servers: usize, act: impl FnOnce(Stage) -> F) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    LocalSet::new().block_on(&runtime, async {
+        let (mut addrs, book) = (Vec::new(), Rc::new(Book::default()));
+        for _ in 0..servers {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            addrs.push(listener.local_addr().unwrap());
+            spawn_local(application(listener, book.clone()));
+        }
+        let service = Rc::new(Turns { servers: addrs, next: Cell::new(0), book: book.clone() });
+        let (shutdown, mut drain) = drain::channel();
+        let (end, over) = (Rc::new(RefCell::new(None)), Rc::new(Notify::new()));
+        let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = proxy.local_addr().unwrap();
+        let (told, ended) = (end.clone(), over.clone());
+        spawn_local(async move {
+            let (io, _) = proxy.accept().await.unwrap();
+            *told.borrow_mut() = Some(serve(io, BytesMut::new(), service, &mut drain).await);
+            ended.notify_one();
+        });
+        let (send, connection) = client::handshake(TcpStream::connect(addr).await.unwrap()).await.unwrap();
+        spawn_local(connection);
+        let acted = act(Stage { send, book, shutdown, end, over });
+        tokio::time::timeout(Duration::from_secs(20), acted).await.expect("the play hangs");
+    });
+}
+
+impl Stage {
+    async fn start(
+        &self,
+        request: http::request::Builder,
+        end: bool,
+    ) -> (client::ResponseFuture, h2::SendStream<Bytes>) {
+        let mut send = self.send.clone().ready().await.unwrap();
+        send.send_request(request.body(()).unwrap(), end).unwrap()
+    }
+
+    async fn get(&self, path: &str) -> Result<Response<RecvStream>, h2::Error> {
+        self.start(get(path), true).await.0.await
+    }
+
+    /// Waits until `n` requests are over, and says how they were booked.
+    async fn ends(&self, n: usize) -> Vec<(u16, Option<u8>, u64, bool)> {
+        while self.book.ends.borrow().len() < n {
+            self.book.ended.notified().await;
+        }
+        self.book.ends.borrow().clone()
+    }
+}
+
+fn get(path: &str) -> http::request::Builder {
+    Request::builder().uri(format!("http://web-svc.emojivoto:80{path}"))
+}
+
+async fn text(body: &mut RecvStream) -> Result<Vec<u8>, h2::Error> {
+    let mut all = Vec::new();
+    while let Some(chunk) = body.data().await {
+        let chunk = chunk?;
+        body.flow_control().release_capacity(chunk.len())?;
+        all.extend(chunk);
+    }
+    Ok(all)
+}
+
+#[test]
+fn requests_of_one_connection_spread_over_the_servers() {
+    play(3, |stage| async move {
+        for _ in 0..9 {
+            assert_eq!(stage.get("/headers").await.unwrap().status(), 200);
+        }
+        assert_eq!(stage.book.connected.get(), 3, "one connection to each server");
+        assert!(stage.ends(9).await.iter().all(|end| (end.0, end.3) == (200, false)));
+    });
+}
+
+#[test]
+fn forged_and_hop_by_hop_headers_do_not_pass_and_ours_does() {
+    play(1, |stage| async move {
+        let request = get("/headers")
+            .header("l5d-client-id", "forged")
+            .header("L5D_Client_Id", "forged")
+            .header("mantle-client-addr", "1.2.3.4")
+            .header("te", "trailers")
+            .header("grpc-timeout", "5S")
+            .header("x-kept", "1");
+        let response = stage.start(request, true).await.0.await.unwrap();
+        assert!(!response.headers().contains_key("l5d-forged"));
+        let seen = String::from_utf8(text(&mut response.into_body()).await.unwrap()).unwrap();
+        let mut seen: Vec<_> = seen.lines().collect();
+        seen.sort_unstable();
+        assert_eq!(seen, ["grpc-timeout=5S", "l5d-client-id=web.shop", "te=trailers", "x-kept=1"]);
+    });
+}
+
+#[test]
+fn bodies_and_trailers_stream_both_ways_at_once() {
+    play(1, |stage| async move {
+        let (response, mut stream) = stage.start(get("/echo").method(Method::POST), false).await;
+        let mut response = response.await.unwrap(); // before a byte of the request's body was sent
+        stream.send_data("ping".into(), false).unwrap();
+        assert_eq!(response.body_mut().data().await.unwrap().unwrap(), "ping");
+        let big = Bytes::from(vec![7; 3 << 20]); // many windows
+        let sending = async {
+            send_all(&mut stream, big.clone()).await;
+            stream.send_trailers(HeaderMap::from_iter([("x-sum".parse().unwrap(), "9".parse().unwrap())])).unwrap();
+        };
+        let body = response.body_mut();
+        let reading = async {
+            body.flow_control().release_capacity(4).unwrap();
+            text(body).await.unwrap()
+        };
+        let ((), got) = tokio::join!(sending, reading);
+        assert_eq!(got, big);
+        let trailers = response.body_mut().trailers().await.unwrap().unwrap();
+        assert!(trailers["x-sum"] == "9" && trailers["grpc-status"] == "5", "{trailers:?}");
+        assert_eq!(stage.ends(1).await, [(200, Some(5), 4 + (3 << 20), false)]);
+    });
+}
+
+#[test]
+fn a_client_that_does_not_read_stops_the_server_not_the_proxy() {
+    play(1, |stage| async move {
+        let (response, mut stream) = stage.start(get("/echo").method(Method::POST), false).await;
+        let response = response.await.unwrap();
+        let flood = async {
+            for _ in 0..1_000 {
+                send_all(&mut stream, Bytes::from(vec![7; 64 << 10])).await;
+            }
+        };
+        let others = async {
+            for _ in 0..20 {
+                assert_eq!(stage.get("/headers").await.unwrap().status(), 200);
+            }
+        };
+        tokio::select! {
+            () = flood => panic!("64 MiB went nowhere"),
+            () = others => {}
+        }
+        drop(response);
+    });
+}
+
+#[test]
+fn interim_responses_pass() {
+    play(1, |stage| async move {
+        let (mut response, _) = stage.start(get("/hints"), true).await;
+        let interim = std::future::poll_fn(|cx| response.poll_informational(cx)).await.unwrap().unwrap();
+        assert_eq!(interim.status(), 103);
+        assert_eq!(response.await.unwrap().status(), 200);
+    });
+}
+
+#[test]
+fn resets_keep_their_reason_in_both_directions() {
+    play(1, |stage| async move {
+        assert_eq!(stage.get("/reset").await.unwrap_err().reason(), Some(Reason::ENHANCE_YOUR_CALM));
+        let (response, mut stream) = stage.start(get("/half").method(Method::POST), false).await;
+        let mut response = response.await.unwrap();
+        assert_eq!(response.body_mut().data().await.unwrap().unwrap(), "half");
+        stream.send_data("go".into(), false).unwrap();
+        let broken = response.body_mut().data().await.unwrap().unwrap_err();
+        assert_eq!(broken.reason(), Some(Reason::INTERNAL_ERROR));
+        // The client gives up while the server thinks.
+        let (response, mut stream) = stage.start(get("/never").method(Method::POST), false).await;
+        assert_eq!(stage.get("/headers").await.unwrap().status(), 200);
+        stream.send_reset(Reason::CANCEL);
+        drop(response);
+        let ends = stage.ends(4).await;
+        let failed: Vec<_> = ends.iter().map(|end| (end.0, end.3)).collect();
+        assert_eq!(failed, [(0, true), (200, true), (200, false), (0, true)]);
+        stage.book.gave_up.notified().await;
+        assert_eq!(*stage.book.given_up.borrow(), [Reason::CANCEL]);
+    });
+}
+
+#[test]
+fn refusals_speak_the_clients_language() {
+    play(1, |stage| async move {
+        let refused = stage.get("/denied").await.unwrap();
+        assert_eq!(
+            (refused.status(), refused.headers()["l5d-proxy-error"].to_str().unwrap()),
+            (403.try_into().unwrap(), "unauthorized")
+        );
+        let grpc = get("/denied").method(Method::POST).header("content-type", "application/grpc+proto");
+        let refused = stage.start(grpc, true).await.0.await.unwrap();
+        assert_eq!((refused.status().as_u16(), refused.headers()["grpc-status"].to_str().unwrap()), (200, "7"));
+        assert!(refused.body().is_end_stream());
+        assert_eq!(stage.book.refused.borrow().len(), 2);
+    });
+    play(0, |stage| async move {
+        // Nobody listens there.
+        let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        drop(stage);
+        let book = Rc::new(Book::default());
+        let service = Rc::new(Turns { servers: vec![closed], next: Cell::new(0), book: book.clone() });
+        let (near, far) = tokio::io::duplex(64 << 10);
+        let (_keep, mut drain) = drain::channel();
+        spawn_local(async move { serve(far, BytesMut::new(), service, &mut drain).await });
+        let (send, connection) = client::handshake(near).await.unwrap();
+        spawn_local(connection);
+        let mut send = send.ready().await.unwrap();
+        let response = send.send_request(get("/x").body(()).unwrap(), true).unwrap().0.await.unwrap();
+        assert_eq!(response.status(), 504);
+        assert_eq!(*book.ends.borrow(), [(0, None, 0, true)]);
+    });
+}
+
+#[test]
+fn draining_finishes_what_is_open_and_takes_no_more() {
+    play(1, |stage| async move {
+        let (response, mut stream) = stage.start(get("/echo").method(Method::POST), false).await;
+        let mut response = response.await.unwrap();
+        stage.shutdown.advance(drain::Phase::Draining);
+        stream.send_data("late".into(), true).unwrap();
+        assert_eq!(text(response.body_mut()).await.unwrap(), b"late");
+        drop((response, stream));
+        stage.over.notified().await;
+        assert_eq!(*stage.end.borrow(), Some(End::Closed));
+        assert!(stage.send.clone().ready().await.is_err());
+    });
+}
+
+#[test]
+fn bytes_that_are_not_http2_end_the_connection() {
+    play(0, |stage| async move {
+        drop(stage);
+        let (mut near, far) = tokio::io::duplex(64 << 10);
+        let book = Rc::new(Book::default());
+        let service = Rc::new(Turns { servers: vec![], next: Cell::new(0), book });
+        let (_keep, mut drain) = drain::channel();
+        let seen = BytesMut::from(&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..]);
+        let served = spawn_local(async move { serve(far, seen, service, &mut drain).await });
+        tokio::io::AsyncWriteExt::write_all(&mut near, &[0xff; 64]).await.unwrap();
+        assert!(matches!(served.await.unwrap(), End::Bad(_)), "typed");
+    });
+}
