@@ -245,7 +245,8 @@ def test_a_watch_follows_pods_that_come_and_go() -> None:
     watch(proxies, play)
 
 
-def test_a_proxy_that_cannot_be_asked_gives_one_notice_and_is_asked_again() -> None:
+def test_a_proxy_that_cannot_be_asked_gives_one_notice_and_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tap, "RETRY_SECONDS", (0.01,))
     answers = [Unreachable("tap on emojivoto/web-1: UNAVAILABLE"), Unreachable("again"), [request_event()]]
     proxies = FakeProxies(lambda _: answers.pop(0))
 

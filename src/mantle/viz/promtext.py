@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*$")
 _QUOTED = r'"(?:[^"\\\n]|\\.)*"'
-_LINE = re.compile(rf"({_NAME})(\{{(?:[^\"}}]|{_QUOTED})*\}})?[ \t]+(\S+)(?:[ \t]+-?\d+)?[ \t]*$")
 _LABEL = re.compile(rf"[ \t]*([a-zA-Z_][a-zA-Z0-9_]*)[ \t]*=[ \t]*({_QUOTED})[ \t]*(,|$)")
 _ESCAPE = re.compile(r"\\(.)")
 _ESCAPED = {"n": "\n", "\\": "\\", '"': '"'}
@@ -25,6 +24,14 @@ class Series:
 
     family: str
     labels: tuple[tuple[str, str], ...]
+    _hash: int = field(init=False, repr=False, compare=False)
+    """Series are keys all over the window, and hashing two dozen labels each time is most of a scrape's cost."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.family, self.labels)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def label(self, name: str) -> str:
         """The value of a label, empty if it has none (as Prometheus treats it)."""
@@ -45,7 +52,7 @@ class Reader:
     def __init__(self, families: Collection[str] | None = None, remember: int = 50_000) -> None:
         self._families = None if families is None else frozenset(families)
         self._remember = remember
-        self._seen: dict[tuple[str, str], Series] = {}
+        self._seen: dict[str, Series] = {}
 
     def read(self, text: str) -> Scrape:
         samples: dict[Series, float] = {}
@@ -53,36 +60,43 @@ class Reader:
         for line in text.split("\n"):
             if not line or line[0] == "#":
                 continue
-            match = _LINE.match(line)
-            if match is None:
-                bad += bool(line.strip())
+            end = line.rfind("}") + 1  # a label's value may hold one, but nothing behind the labels can
+            if not end:
+                end = len(line.split(None, 1)[0]) if line.strip() else 0
+            series = self._seen.get(line[:end]) or self._parse(line[:end])
+            number = _number(line[end:])
+            if series is _UNWANTED:
                 continue
-            family, labels, value = match.group(1), match.group(2) or "", match.group(3)
-            if self._families is not None and family not in self._families:
-                continue
-            series = self._series(family, labels)
-            number = _number(value)
             if series is None or number is None:
-                bad += 1
+                bad += bool(line.strip())
                 continue
             samples[series] = number
         return Scrape(samples, bad)
 
-    def _series(self, family: str, labels: str) -> Series | None:
-        known = self._seen.get((family, labels))
-        if known is not None:
-            return known
-        pairs = _labels(labels)
-        if pairs is None:
+    def _parse(self, text: str) -> Series | None:
+        """The series that `text` names; None if it is not valid, `_UNWANTED` if its family is not kept."""
+        family, brace, labels = text.partition("{")
+        family = family.rstrip(" \t")
+        if not _NAME.match(family):
             return None
+        if self._families is not None and family not in self._families:
+            series = _UNWANTED
+        else:
+            pairs = _labels(labels[:-1]) if brace else ()
+            if pairs is None:
+                return None
+            series = Series(family, pairs)
         if len(self._seen) >= self._remember:
             self._seen.clear()
-        series = self._seen[family, labels] = Series(family, pairs)
+        self._seen[text] = series
         return series
 
 
+_UNWANTED = Series("", ())
+
+
 def _labels(text: str) -> tuple[tuple[str, str], ...] | None:
-    body, position, pairs = text[1:-1].strip(), 0, dict[str, str]()
+    body, position, pairs = text.strip(), 0, dict[str, str]()
     while position < len(body):
         match = _LABEL.match(body, position)
         if match is None or match.group(1) in pairs:
@@ -93,7 +107,11 @@ def _labels(text: str) -> tuple[tuple[str, str], ...] | None:
 
 
 def _number(text: str) -> float | None:
+    """The value behind a series' name, which a timestamp may follow."""
+    words = text.split()
+    if not 1 <= len(words) <= 2 or (len(words) == 2 and not words[1].lstrip("-").isdecimal()) or "_" in words[0]:
+        return None  # Python reads 1_000, Prometheus does not
     try:
-        return float(text.replace("_", "!"))  # Go and Prometheus know no 1_000; Python does
+        return float(words[0])
     except ValueError:
         return None

@@ -25,7 +25,8 @@ _GAUGE_FAMILIES = frozenset((*GAUGES, CLIENTS_OPEN))
 @dataclass(slots=True)
 class _Slot:
     start: float
-    growth: dict[tuple[Subject, Series], float] = field(default_factory=dict)
+    growth: dict[Subject, dict[Series, float]] = field(default_factory=dict)
+    entries: int = 0
 
 
 @dataclass(slots=True)
@@ -63,12 +64,14 @@ class Window:
         if before is not None or new:
             last = {} if before is None else before.counters
             slot = self._slot_at(now)
+            grown = slot.growth.setdefault(subject, {})
+            known = len(grown)
             for series, value in counters.items():
                 growth = _growth(last.get(series, 0.0), value)
                 if growth > 0:
-                    key = (subject, series)
-                    self._entries += key not in slot.growth
-                    slot.growth[key] = slot.growth.get(key, 0.0) + growth
+                    grown[series] = grown.get(series, 0.0) + growth
+            slot.entries += len(grown) - known
+            self._entries += len(grown) - known
         self._pods[uid] = _PodState(subject, counters, gauges)
         self._latest = now
         self._expire(now)
@@ -82,14 +85,18 @@ class Window:
         """Growth in the last `seconds` (at most the window's length; whole slots) and the newest gauges."""
         self._expire(now)
         first = self._boundary(now - min(seconds, self._length))
-        total: dict[tuple[Subject, Series], float] = {}
+        total: dict[Subject, dict[Series, float]] = {}
         for slot in self._slots:
             if slot.start >= first:
-                for key, growth in slot.growth.items():
-                    total[key] = total.get(key, 0.0) + growth
+                for subject, growth in slot.growth.items():
+                    sums = total.setdefault(subject, {})
+                    for series, value in growth.items():
+                        sums[series] = sums.get(series, 0.0) + value
         return Traffic(
             seconds=max(self._latest - max(self._begin, first), 1.0),
-            increases=tuple(Point(subject, series, value) for (subject, series), value in total.items()),
+            increases=tuple(
+                Point(subject, series, value) for subject, sums in total.items() for series, value in sums.items()
+            ),
             gauges=tuple(
                 Point(pod.subject, series, value) for pod in self._pods.values() for series, value in pod.gauges.items()
             ),
@@ -110,10 +117,10 @@ class Window:
 
     def _expire(self, now: float) -> None:
         while self._slots and self._slots[0].start + self._slot <= now - self._length:
-            self._entries -= len(self._slots.popleft().growth)
+            self._entries -= self._slots.popleft().entries
         while self._entries > self._max_entries and len(self._slots) > 1:
             dropped = self._slots.popleft()
-            self._entries -= len(dropped.growth)
+            self._entries -= dropped.entries
             self._begin = max(self._begin, dropped.start + self._slot)
 
 
