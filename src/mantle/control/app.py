@@ -40,8 +40,8 @@ from mantle.platform.remote import RemotePlatform
 log = logging.getLogger("mantle.control")
 
 PLATFORM = "unix:/run/mantle/control/platform.sock"
-GRACE = 5.0
-"""Seconds open calls get at shutdown."""
+GRACE = 0.5
+"""Seconds open calls get at shutdown: streams never end by themselves, and Certify takes milliseconds."""
 ISSUER_CHECK = 5.0
 """Seconds between two looks at the issuer's files."""
 CERTIFY_RATE, CERTIFY_BURST = 5.0, 20
@@ -215,7 +215,10 @@ class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         if record.exc_info:
             return super().format(record)
-        return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in super().format(record))
+        line = super().format(record)
+        if line.isprintable():
+            return line
+        return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in line)
 
 
 async def _until_told(options: argparse.Namespace) -> None:
