@@ -404,8 +404,9 @@ async def main(wanted: Sequence[str]) -> None:
     load = os.getloadavg()[0]
     out = [
         f"\n## Control plane, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"\n{os.cpu_count()} CPUs, Linux {machine.release()}, Python {machine.python_version()}, grpcio {grpc.__version__}; "
-        f"load average before: {load:.1f}. `python bench/control_plane.py {' '.join(chosen)}`",
+        f"\n{os.cpu_count()} CPUs, Linux {machine.release()}, Python {machine.python_version()}, "
+        f"grpcio {grpc.__version__}; load average before: {load:.1f}. "
+        f"`python bench/control_plane.py {' '.join(chosen)}`",
     ]
     for name in chosen:
         with tempfile.TemporaryDirectory() as directory:

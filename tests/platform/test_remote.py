@@ -197,3 +197,47 @@ def test_token_reviews_go_through_and_a_missing_platform_is_told_apart(tmp_path:
                 assert platform.asked[-2:] == [(b"good", ("a", "b")), (b"old", ("a",))]
 
     asyncio.run(play())
+
+
+def test_many_reviews_at_once_each_get_their_own_answer(tmp_path: Path) -> None:
+    claims = {f"t{n}".encode(): TokenClaims("ns", f"sa-{n}", "pod", "uid", "10.0.0.1") for n in range(200)}
+    platform = FakePlatform(reviews=claims)
+
+    async def play() -> None:
+        async with served(platform, tmp_path / "s"), RemotePlatform(tmp_path / "s") as remote:
+            answers = await asyncio.gather(*(remote.review_token(token, ["a"]) for token in claims))
+            assert answers == list(claims.values())
+
+    asyncio.run(play())
+
+
+def test_whoever_waits_is_told_when_the_platform_goes_and_who_gave_up_disturbs_nobody(tmp_path: Path) -> None:
+    gate, asked = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        asked.set()
+        await gate.wait()
+
+    platform = FakePlatform(
+        reviews={b"a": TokenClaims("ns", "a", "", "", ""), b"b": TokenClaims("ns", "b", "", "", "")}
+    )
+
+    async def play() -> None:
+        async with RemotePlatform(tmp_path / "s") as remote:
+            async with served(platform, tmp_path / "s"):
+                platform.before_review = hold
+                gave_up = asyncio.ensure_future(remote.review_token(b"a", []))
+                patient = asyncio.ensure_future(remote.review_token(b"b", []))
+                await asked.wait()
+                gave_up.cancel()
+                gate.set()
+                outcome = await patient
+                assert isinstance(outcome, TokenClaims) and outcome.service_account == "b"
+                gate.clear()
+                asked.clear()
+                left = asyncio.ensure_future(remote.review_token(b"a", []))
+                await asked.wait()
+            with pytest.raises(PlatformUnavailable):
+                await left
+
+    asyncio.run(play())

@@ -8,9 +8,12 @@ refuse.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
@@ -54,10 +57,12 @@ class RemotePlatform:
             request_serializer=pb.WatchRequest.SerializeToString,
             response_deserializer=pb.Change.FromString,
         )
-        self._review = self._channel.unary_unary(
-            f"{SERVICE}/ReviewToken",
-            request_serializer=pb.ReviewTokenRequest.SerializeToString,
-            response_deserializer=pb.ReviewTokenResponse.FromString,
+        self._reviews = _Reviews(
+            self._channel.stream_stream(
+                f"{SERVICE}/ReviewTokens",
+                request_serializer=pb.ReviewTokenRequest.SerializeToString,
+                response_deserializer=pb.ReviewTokenResponse.FromString,
+            )
         )
 
     async def __aenter__(self) -> RemotePlatform:
@@ -68,6 +73,7 @@ class RemotePlatform:
 
     async def close(self) -> None:
         """Ends watches and reviews."""
+        self._reviews.close()
         await self._channel.close(None)
 
     async def watch(self) -> AsyncIterator[Snapshot]:
@@ -88,11 +94,7 @@ class RemotePlatform:
 
     async def review_token(self, token: bytes, audiences: Sequence[str]) -> TokenClaims | TokenRejected:
         """Asks the platform about a token. Raises `PlatformUnavailable` if it does not answer."""
-        request = pb.ReviewTokenRequest(token=token, audiences=audiences)
-        try:
-            return review_from_proto(await self._review(request, timeout=REVIEW_TIMEOUT))
-        except grpc.aio.AioRpcError as error:
-            raise PlatformUnavailable(f"{error.code().name.lower()}: {error.details()}") from error
+        return review_from_proto(await self._reviews.ask(pb.ReviewTokenRequest(token=token, audiences=audiences)))
 
     async def _follow(self, mirror: Mirror, news: asyncio.Event) -> None:
         """Keeps the mirror true to the platform, for ever."""
@@ -112,3 +114,63 @@ class RemotePlatform:
                 log.warning("the platform is away (%s): going on with what is known, trying again", problem)
                 complaint = problem
             await asyncio.sleep(RETRY)
+
+
+class _Reviews:
+    """The stream of token reviews: one task writes what is asked, one hands the answers to those who wait, in order.
+
+    It is opened by the first question and, after it broke, by the next one: whoever waited then is told.
+    """
+
+    def __init__(self, open_stream: Any) -> None:
+        self._open = open_stream
+        self._questions: asyncio.Queue[pb.ReviewTokenRequest] = asyncio.Queue()
+        self._waiting: deque[asyncio.Future[pb.ReviewTokenResponse]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    async def ask(self, question: pb.ReviewTokenRequest) -> pb.ReviewTokenResponse:
+        """The answer. Raises `PlatformUnavailable` if the stream breaks or `REVIEW_TIMEOUT` passes first."""
+        loop = asyncio.get_running_loop()
+        if self._task is None:
+            self._questions = asyncio.Queue()
+            self._task = loop.create_task(self._run(self._questions))
+        answer: asyncio.Future[pb.ReviewTokenResponse] = loop.create_future()
+        self._waiting.append(answer)
+        self._questions.put_nowait(question)
+        try:
+            async with asyncio.timeout(REVIEW_TIMEOUT):
+                return await answer
+        except TimeoutError:
+            self.close()
+            raise PlatformUnavailable(f"no answer in {REVIEW_TIMEOUT:.0f} s") from None
+
+    def close(self) -> None:
+        """Ends the stream; whoever waits is told."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self, questions: asyncio.Queue[pb.ReviewTokenRequest]) -> None:
+        call = self._open()
+        writer = asyncio.get_running_loop().create_task(_write_all(call, questions))
+        problem = "it ended the reviews"
+        try:
+            async for answer in call:
+                waiting = self._waiting.popleft()
+                if not waiting.done():
+                    waiting.set_result(answer)
+        except grpc.aio.AioRpcError as error:
+            problem = f"{error.code().name.lower()}: {error.details()}"
+        finally:
+            self._task = None
+            writer.cancel()
+            call.cancel()
+            waiting_now, self._waiting = self._waiting, deque()
+            for waiting in waiting_now:
+                if not waiting.done():
+                    waiting.set_exception(PlatformUnavailable(problem))
+
+
+async def _write_all(call: Any, questions: asyncio.Queue[pb.ReviewTokenRequest]) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader learns of it, too
+        while True:
+            await call.write(await questions.get())

@@ -35,9 +35,10 @@ def handler(platform: ServedPlatform) -> grpc.GenericRpcHandler[Any, Any]:
             before = now
             yield change.SerializeToString()
 
-    async def review_token(request: pb.ReviewTokenRequest, _: Any) -> bytes:
-        outcome = await platform.review_token(request.token, list(request.audiences))
-        return review_to_proto(outcome).SerializeToString()
+    async def review_tokens(requests: AsyncIterator[pb.ReviewTokenRequest], _: Any) -> AsyncIterator[bytes]:
+        async for request in requests:
+            outcome = await platform.review_token(request.token, list(request.audiences))
+            yield review_to_proto(outcome).SerializeToString()
 
     async def jwks(_: pb.JwksRequest, __: Any) -> bytes:
         return pb.JwksResponse(json=platform.jwks()).SerializeToString()
@@ -46,7 +47,9 @@ def handler(platform: ServedPlatform) -> grpc.GenericRpcHandler[Any, Any]:
         "mantle.v1.Platform",
         {
             "Watch": grpc.unary_stream_rpc_method_handler(watch, pb.WatchRequest.FromString, None),
-            "ReviewToken": grpc.unary_unary_rpc_method_handler(review_token, pb.ReviewTokenRequest.FromString, None),
+            "ReviewTokens": grpc.stream_stream_rpc_method_handler(
+                review_tokens, pb.ReviewTokenRequest.FromString, None
+            ),
             "Jwks": grpc.unary_unary_rpc_method_handler(jwks, pb.JwksRequest.FromString, None),
         },
     )
