@@ -3,8 +3,8 @@
     python scripts/docs.py            (`make gen`) rewrites the regions
     python scripts/docs.py --check    (`make lint`) says which pages would change, and changes nothing
 
-A region stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is `annotations`, `reasons` or
-`help COMMAND`.
+A region stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is `annotations`, `commands`,
+`reasons` or `help COMMAND`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,15 @@ def help_of(command: str) -> str:
     return f"```text\n{result.output.rstrip()}\n```"
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"annotations": annotations, "reasons": reasons}
+def commands() -> str:
+    """The commands, as `mantle --help` lists them."""
+    from mantle.cli.main import COMMANDS
+
+    rows = [f"| `mantle {name}` | {about} |" for name, (_, about) in COMMANDS.items()]
+    return "| command | what it does |\n|---|---|\n" + "\n".join(rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"annotations": annotations, "commands": commands, "reasons": reasons}
 
 
 def _generate(match: re.Match[str]) -> str:
