@@ -243,6 +243,12 @@ def root_host() -> Host:
     return Host(0)
 
 
+@pytest.fixture
+def user_host() -> Host:
+    _needs_root()
+    return Host(12345)
+
+
 def python(name: str, code: str, **more: Any) -> ContainerSpec:
     """A container that runs Python code."""
     more.setdefault("role", Role.APP)

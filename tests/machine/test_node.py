@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mantle.platform.machine import client, uplink, wire
+from mantle.platform.machine import client, outside, uplink, wire
 from mantle.platform.machine import namespaces as ns
 from mantle.platform.machine.netlink import Route
 from mantle.platform.machine.spec import ContainerSpec, NodeConfig, ServicePort
@@ -281,11 +281,10 @@ def test_the_way_out(root_host: Any, echo: ContainerSpec) -> None:
             client.kill_node(one.guard)
             await two.node.shutdown()
             async with asyncio.timeout(5):
-                while any(name.startswith("mantle") for _, name in socket.if_nameindex()):
+                while tables() or any(name.startswith("mantle") for _, name in socket.if_nameindex()):
                     await asyncio.sleep(0.005)
             uplink.restore(Path("/run/mantle"))  # what `mantle down` does after a SIGKILL
             assert forward.read_text() == "0\n"
-            assert tables() == b""
         os.kill(world, signal.SIGKILL)
         os.waitpid(world, 0)
 
@@ -316,6 +315,7 @@ def make_world() -> int:
     index = route.veth("out", "world", namespace)
     os.close(namespace)
     route.address(index, "198.51.100.1", 24)
+    route.route(via="198.51.100.2", interface=index)
     ours.send(b"x")
     ours.recv(1)
     return world
@@ -348,3 +348,54 @@ def test_networks_of_the_host_are_not_hidden(host: Any) -> None:
             assert await mesh.node.pods() == []
 
     host.play(scene, prepare=prepare)
+
+
+@pytest.mark.parametrize("name", ["pasta", "slirp4netns"])
+def test_the_way_out_without_root(
+    user_host: Any, program: Callable[[str], str], echo: ContainerSpec, name: str
+) -> None:
+    """The same by the helper that this machine has; it goes when the mesh does, also when that is killed."""
+    found = program(name)
+
+    def prepare() -> None:
+        make_world()
+        # What every desktop and server has, a /dev/net/tun that anybody may open, exists for this host only.
+        ns.mount("tmpfs", "/dev/net", "tmpfs")
+        os.mknod("/dev/net/tun", 0o20666, os.makedev(10, 200))
+        Path("/dev/net/tun").chmod(0o666)
+        Path("/run/bin").mkdir()
+        Path("/run/bin", name).symlink_to(found)
+        os.environ["PATH"] = "/run/bin"
+
+    async def scene() -> None:
+        before = processes()
+        async with user_host.mesh(uplink=True) as mesh:
+            await mesh.start("a", A, echo)
+            await mesh.says("a", "ready")
+            async with asyncio.timeout(10):
+                while await mesh.ask("a", "print(tcp('198.51.100.2', 80))") != "from 198.51.100.1":
+                    await asyncio.sleep(0.05)
+            assert len(processes()) > len(before) + 2
+            client.kill_node(mesh.guard)
+            async with asyncio.timeout(5):
+                while processes() != before:
+                    await asyncio.sleep(0.005)
+
+    user_host.play(scene, prepare=prepare)
+
+
+def test_without_a_helper_there_is_no_way_out(user_host: Any, echo: ContainerSpec) -> None:
+    def prepare() -> None:
+        make_world()
+        os.environ["PATH"] = "/nowhere"
+
+    async def scene() -> None:
+        async with user_host.mesh(uplink=True) as mesh:
+            await mesh.start("a", A, echo)
+            await mesh.says("a", "ready")
+            assert await mesh.ask("a", "print(tcp('198.51.100.2', 80))") == f"OSError {errno.ENETUNREACH}"
+        (found,) = outside.findings()
+        assert (found.reason, found.fatal) == (ns.Blocked.NO_WAY_OUT, False)
+        assert "apt install passt" in found.fix
+
+    user_host.play(scene, prepare=prepare)

@@ -74,7 +74,9 @@ def _read(path: Path, problems: list[Problem]) -> str | None:
 
 
 def _sudo_user() -> dict[str, Any] | None:
-    """The caller of sudo: as whom programs run when nothing else is said. The daemon may have been started by somebody else."""
+    """The caller of sudo: as whom programs run when nothing else is said. The daemon may have been started by
+    somebody else.
+    """
     uid = os.environ.get("SUDO_UID", "")
     if os.geteuid() != 0 or not uid.isdecimal() or uid == "0":
         return None
@@ -89,7 +91,9 @@ def _sudo_user() -> dict[str, Any] | None:
 
 
 def check_alone(body: Mapping[str, Any]) -> None:
-    """The same checks that the daemon makes, before there is one: a file that is wrong starts nothing. Raises `Failure`."""
+    """The same checks that the daemon makes, before there is one: a file that is wrong starts nothing. Raises
+    `Failure`.
+    """
     from mantle.platform.machine.preview import mistakes
 
     wrong = mistakes(body)

@@ -1,9 +1,8 @@
 """The node of one mesh: `python -m mantle.platform.machine.node`, a NodeConfig as JSON on stdin.
 
-Two processes. The *guard* stays in the host's network namespace with nothing but the uplink, waits for the node and
-takes the uplink back. The *node* is PID 1 of the mesh's PID namespace, in the router's network namespace: it forks
-the pods and answers on `node.sock`. When either dies the kernel ends everything. Without root both are in a user
-namespace first.
+Two processes. The *guard* (`guard.py`) stays in the host's network namespace with nothing but the uplink. The *node* is
+PID 1 of the mesh's PID namespace, in the router's network namespace: it forks the pods and answers on `node.sock`.
+When either dies the kernel ends everything. Without root both are in a user namespace first.
 
 `node.sock` (frames of `wire.py`):
   {"op": "start_pod", "pod": PodSpec}                    → {"ok": true}; `pods/UID/ctl.sock` answers from then on
@@ -23,12 +22,14 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 from mantle.platform.machine import container, podinit, wire
 from mantle.platform.machine import namespaces as ns
+from mantle.platform.machine.guard import guard
 from mantle.platform.machine.loop import Loop, Peer, Server
 from mantle.platform.machine.router import Router
 from mantle.platform.machine.spec import (
@@ -40,7 +41,6 @@ from mantle.platform.machine.spec import (
     pod_from_json,
     to_json,
 )
-from mantle.platform.machine.uplink import Uplink, refuse_overlap
 
 _ALL_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 _POD_READY = 10.0
@@ -206,95 +206,39 @@ class Node:
         self._leave_if_empty()
 
 
-def _service(entry: dict[str, object]) -> ServicePort:
-    endpoints = entry["endpoints"]
-    assert isinstance(endpoints, list)
-    return ServicePort(
-        ip=str(entry["ip"]),
-        port=int(str(entry["port"])),
-        endpoints=tuple((str(ip), int(port)) for ip, port in endpoints),
-        protocol=str(entry["protocol"]),
-    )
+def _service(entry: dict[str, Any]) -> ServicePort:
+    endpoints = tuple((str(ip), int(port)) for ip, port in entry["endpoints"])
+    return ServicePort(str(entry["ip"]), int(entry["port"]), endpoints, str(entry["protocol"]))
 
 
-def _node(config: NodeConfig, guard: socket.socket, *, rootless: bool) -> NoReturn:
+def _node(config: NodeConfig, channel: socket.socket, *, rootless: bool) -> NoReturn:
     """From the first moment as PID 1 to the end of the mesh."""
     code = 1
     try:
         ns.die_with_parent()
         ns.name_process("mantle-node")
-        ns.close_other_fds((guard.fileno(),))
+        ns.close_other_fds((channel.fileno(),))
         ns.unshare(ns.NEWNS | ns.NEWNET | ns.NEWUTS | ns.NEWIPC)
         ns.mount(None, "/", None, ns.MS_REC | ns.MS_PRIVATE)
         with contextlib.suppress(OSError):
             ns.mount("proc", "/proc", "proc", ns.MS_NOSUID | ns.MS_NODEV | ns.MS_NOEXEC)
         router = Router(config)
-        guard.send(b'{"router": true}')
-        uplink = json.loads(guard.recv(4096))
+        channel.send(b'{"router": true}')
+        uplink = json.loads(channel.recv(4096))
         if uplink:
             router.uplink(uplink["ours"], uplink["theirs"], uplink["prefix"])
         node = Node(config, router, rootless=rootless)
-        guard.send(b'{"ready": true}')
-        guard.close()
+        channel.send(b'{"ready": true}')
+        channel.close()
         node.run()
         code = 0
     except Exception as error:  # the guard is told why; this process has nobody above it
         text = container.explained(error)
-        print(f"mantle-node: {text}", file=sys.stderr, flush=True)
+        traceback.print_exc()
         with contextlib.suppress(OSError):
-            guard.send(json.dumps(wire.Refused("node_setup", text, _SEE_CHECK).as_message()).encode())
+            channel.send(json.dumps(wire.Refused("node_setup", text, _SEE_CHECK).as_message()).encode())
     finally:
         os._exit(code)
-
-
-def _guard(config: NodeConfig, said: TextIO) -> None:
-    """Forks the node, gives it its uplink, tells our starter, and stays until the node has ended. Raises before
-    that."""
-    rootless = os.geteuid() != 0
-    ns.name_process("mantle-guard")
-    refuse_overlap(config)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    if rootless:
-        ns.enter_user_namespace()
-    ns.unshare(ns.NEWPID)
-    node = os.fork()
-    if node == 0:
-        _node(config, theirs, rootless=rootless)
-    theirs.close()
-    uplink = None
-    try:
-        _heard(ours)
-        if config.uplink and not rootless:
-            namespace = os.open(f"/proc/{node}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            uplink = Uplink(config, namespace)
-            os.close(namespace)
-            ours.send(json.dumps({"ours": uplink.ours, "theirs": uplink.theirs, "prefix": uplink.prefix}).encode())
-        else:
-            ours.send(b"{}")
-        _heard(ours)
-        with said:
-            json.dump({"pid": os.getpid()}, said)
-        while not _has_ended(node):
-            if signal.sigwaitinfo(_ALL_SIGNALS).si_signo in (signal.SIGTERM, signal.SIGINT):
-                os.kill(node, signal.SIGTERM)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(node, signal.SIGKILL)
-        if uplink:
-            uplink.close()
-        (Path(config.state_dir) / "node.sock").unlink(missing_ok=True)
-
-
-def _heard(node: socket.socket) -> None:
-    """Waits for the node's next word. Raises its refusal."""
-    wire.check(
-        json.loads(node.recv(1 << 16) or b'{"error": {"reason": "node_setup", "message": "the node ended early"}}')
-    )
-
-
-def _has_ended(child: int) -> bool:
-    return os.waitpid(child, os.WNOHANG)[0] == child
 
 
 def main() -> int:
@@ -308,7 +252,8 @@ def main() -> int:
     os.dup2(null, 0)
     os.dup2(2, 1)
     try:
-        _guard(config, said)
+        rootless = os.geteuid() != 0  # asked here: in the user namespace everybody is 0
+        guard(config, said, lambda channel: _node(config, channel, rootless=rootless))
     except (OSError, wire.Refused) as error:
         refusal = error if isinstance(error, wire.Refused) else wire.Refused("namespaces", str(error), _SEE_CHECK)
         with contextlib.suppress(OSError, ValueError):

@@ -8,12 +8,14 @@ import os
 import re
 import signal
 import socket
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
 from mantle.platform.machine import namespaces as ns
 from mantle.platform.machine.container import Place, explained
 from mantle.platform.machine.netlink import Route
+from mantle.platform.machine.spec import PodSpec
 from mantle.platform.machine.supervisor import Supervisor
 
 
@@ -26,7 +28,7 @@ def main(place: Place, router_ip: str, backoff: float, node: socket.socket) -> N
         ns.mount(None, "/", None, ns.MS_REC | ns.MS_PRIVATE)
         with contextlib.suppress(OSError):
             ns.mount("proc", "/proc", "proc", ns.MS_NOSUID | ns.MS_NODEV | ns.MS_NOEXEC)
-        ns.sethostname(place.pod.hostname or place.pod.name)
+        ns.sethostname(_hostname(place.pod))
         _write_files(place)
         if node.recv(16) != b"go":
             os._exit(1)
@@ -36,17 +38,23 @@ def main(place: Place, router_ip: str, backoff: float, node: socket.socket) -> N
         supervisor.run()
         code = 0
     except Exception as error:  # the node is told why there is no pod; this process has nobody above it
+        traceback.print_exc()
         with contextlib.suppress(OSError):
             node.send(json.dumps({"error": explained(error)}).encode())
     finally:
         os._exit(code)
 
 
+def _hostname(pod: PodSpec) -> str:
+    """Cut as the kubelet does: a pod's name may be longer than a host's."""
+    return (pod.hostname or pod.name)[:63].rstrip("-.")
+
+
 def _write_files(place: Place) -> None:
     """The files of /etc that are the pod's own."""
     pod, etc = place.pod, place.directory / "etc"
     etc.mkdir(mode=0o755, exist_ok=True)
-    name = pod.hostname or pod.name
+    name = _hostname(pod)
     hosts = pod.hosts or f"127.0.0.1\tlocalhost\n::1\tlocalhost\n{pod.ip}\t{name}\n"
     for file, text in (("resolv.conf", pod.resolv_conf), ("hosts", hosts), ("hostname", f"{name}\n")):
         (etc / file).write_text(text)
