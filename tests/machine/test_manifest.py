@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mantle.platform.machine import manifest
+from mantle.platform.machine import manifest, together
 from mantle.platform.machine.yamlpos import MAX_NODES
 
 DEPLOYMENT = """\
@@ -37,7 +37,7 @@ def said(text: str) -> list[str]:
     parsed = manifest.read("app.yml", text)
     wrong = [
         *parsed.mistakes,
-        *manifest.check(parsed.objects, {}, frozenset({"mantle"}), partial=bool(parsed.mistakes)),
+        *together.check(parsed.objects, {}, frozenset({"mantle"}), partial=bool(parsed.mistakes)),
     ]
     return [f"{m.line}: {m.message} | {m.fix}" for m in wrong]
 
@@ -47,7 +47,7 @@ def test_an_ordinary_application_has_no_mistakes() -> None:
     assert not parsed.mistakes
     assert [str(o) for o in parsed.objects] == ["deployment/web", "service/web"]
     assert {o.namespace for o in parsed.objects} == {"default"}
-    assert manifest.check(parsed.objects, {}) == []
+    assert together.check(parsed.objects, {}) == []
 
 
 def test_every_mistake_is_reported_at_once_with_its_line() -> None:
@@ -113,7 +113,13 @@ def test_a_value_that_yaml_reads_as_something_else_says_to_quote_it() -> None:
 
 
 def test_lists_and_other_kinds() -> None:
-    text = "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Namespace, metadata: {name: a}}\n- {apiVersion: x/v1, kind: Ingress, metadata: {name: i}}\n"
+    text = (
+        "apiVersion: v1\n"
+        "kind: List\n"
+        "items:\n"
+        "- {apiVersion: v1, kind: Namespace, metadata: {name: a}}\n"
+        "- {apiVersion: x/v1, kind: Ingress, metadata: {name: i}}\n"
+    )
     parsed = manifest.read("l.yml", text)
     assert [o.id for o in parsed.objects] == [("Namespace", "", "a")]
     assert parsed.notes == ("Ingress is not played on one machine: skipped (ingress/i)",)

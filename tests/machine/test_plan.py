@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mantle.core.proxy_env import Values
-from mantle.platform.machine import images, manifest, plan
+from mantle.platform.machine import images, manifest, plan, together
 from mantle.platform.machine.spec import Role
 
 PROXY = images.Image(("sh",))
@@ -31,13 +31,19 @@ def machine(**more: object) -> plan.Machine:
 
 
 def pod(spec: str, **extra: str) -> tuple[manifest.Object, dict[manifest.ObjectId, manifest.Object]]:
-    text = f"apiVersion: v1\nkind: Pod\nmetadata: {{name: p, labels: {{app: p}}, annotations: {{note: 'a \"b\"'}}}}\nspec:\n{spec}"
+    text = (
+        f"apiVersion: v1\n"
+        f"kind: Pod\n"
+        f"metadata: {{name: p, labels: {{app: p}}, annotations: {{note: 'a \"b\"'}}}}\n"
+        f"spec:\n"
+        f"{spec}"
+    )
     for name, document in extra.items():
         text += f"---\napiVersion: v1\n{document.replace('NAME', name)}\n"
     parsed = manifest.read("p.yml", text)
     assert not parsed.mistakes, parsed.mistakes
     objects = {o.id: o for o in parsed.objects}
-    assert manifest.check(parsed.objects, {}) == []
+    assert together.check(parsed.objects, {}) == []
     return parsed.objects[0], objects
 
 
@@ -162,7 +168,10 @@ def test_users_come_from_the_manifest_then_the_caller_never_host_root_by_itself(
 
 def test_everything_that_keeps_a_pod_from_running_is_said_at_once() -> None:
     item, _ = pod(
-        "  containers:\n  - {name: a, image: acme/none:2}\n  - {name: b, image: acme/web:1, command: [no-such-program]}\n  - {name: c, image: acme/web:1, ports: [{containerPort: 4143}]}\n"
+        "  containers:\n"
+        "  - {name: a, image: acme/none:2}\n"
+        "  - {name: b, image: acme/web:1, command: [no-such-program]}\n"
+        "  - {name: c, image: acme/web:1, ports: [{containerPort: 4143}]}\n"
     )
     wrong = plan.wanted(item, None, machine())
     assert isinstance(wrong, list)
@@ -187,18 +196,25 @@ def test_the_hash_follows_the_template_and_the_map_but_not_the_pod() -> None:
 
 def test_resolver_and_hosts() -> None:
     planned = built(
-        "  hostAliases: [{ip: 10.0.0.9, hostnames: [db]}]\n  dnsConfig: {searches: [corp], options: [{name: ndots, value: '2'}]}\n"
-        + BOX
+        "  hostAliases: [{ip: 10.0.0.9, hostnames: [db]}]\n"
+        "  dnsConfig: {searches: [corp], options: [{name: ndots, value: '2'}]}\n" + BOX
     ).spec
-    assert (
-        planned.resolv_conf
-        == "nameserver 10.203.0.1\nsearch default.svc.cluster.local svc.cluster.local cluster.local corp\noptions ndots:2\n"
+    assert planned.resolv_conf == (
+        "nameserver 10.203.0.1\n"
+        "search default.svc.cluster.local svc.cluster.local cluster.local corp\n"
+        "options ndots:2\n"
     )
     assert "10.0.0.9\tdb" in planned.hosts and "10.203.0.9\tp" in planned.hosts
 
 
 def test_image_maps_report_every_mistake(tmp_path: Path) -> None:
-    text = "images:\n  a: {command: python3 -m web}\n  b: {comand: [x]}\n  c: {command: [x], directory: ./web, env: {PORT: 80}}\nother: 1\n"
+    text = (
+        "images:\n"
+        "  a: {command: python3 -m web}\n"
+        "  b: {comand: [x]}\n"
+        "  c: {command: [x], directory: ./web, env: {PORT: 80}}\n"
+        "other: 1\n"
+    )
     made, wrong = images.read_map("m.yml", text, str(tmp_path))
     assert made == {}
     assert any(m.line == 2 and "command: [python3, -m, web]" in m.fix for m in wrong)

@@ -28,7 +28,7 @@ def request(
             inside = sorted(str(p) for p in path.iterdir() if p.suffix in (".yml", ".yaml") and p.name != MAP_NAME)
             if not inside:
                 problems.append(Problem("no .yml or .yaml file in this directory", "name a file", name))
-            given += [entry for entry in map(lambda p: _file(p, problems), inside) if entry]
+            given += [entry for entry in (_file(p, problems) for p in inside) if entry]
         elif entry := _file(name, problems):
             given.append(entry)
     maps = [entry for entry in (_map(Path(name), problems) for name in images) if entry]

@@ -1,4 +1,6 @@
-"""`mantle demo`: a mesh with emojivoto, the proof that its traffic is encrypted, and then its requests as they happen."""
+"""`mantle demo`: a mesh with emojivoto, the proof that its traffic is encrypted, and then its requests as they
+happen.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ WEB_PORT = 8080
 def command(flags: Globals, duration: str | None, port: int) -> int:
     """Start a mesh with the emojivoto application and watch its traffic being encrypted.
 
-    Shows every edge with the identities of both ends, then requests as they happen. Ctrl-C, or the end of --for, removes
+    Shows every edge with the identities of both ends, then requests as they happen. Ctrl-C, or the end of --for,
+    removes
     every trace. The exit code is 0 only if encrypted traffic was seen on every edge.
     """
     output = flags.output_of("table", "json")

@@ -75,7 +75,8 @@ def take_down(mesh: str, say: Callable[[str], None]) -> None:
 
 
 def clean_up(directory: Path, ending: bool) -> None:
-    """Ends what still runs of a mesh and forgets its directory. `ending`: its processes are about to leave by themselves.
+    """Ends what still runs of a mesh and forgets its directory. `ending`: its processes are about to leave by
+    themselves.
 
     Killing the node's guard takes every pod with it.
     """
@@ -151,7 +152,9 @@ def _known(directory: Path) -> Mapping[str, Any]:
 
 
 def _wait_gone(pid: int) -> bool:
-    """Has it ended? Waits until the process has ended (its descriptor becomes readable then), for so many seconds at most."""
+    """Has it ended? Waits until the process has ended (its descriptor becomes readable then), for so many seconds at
+    most.
+    """
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:

@@ -82,7 +82,9 @@ def is_running(mesh: str) -> bool:
 
 
 def ensure(mesh: str, launch: Launch) -> tuple[MachineClient, bool]:
-    """The client of a mesh whose daemon answers, and whether it was started just now. Raises `Failure`, and then nothing runs."""
+    """The client of a mesh whose daemon answers, and whether it was started just now. Raises `Failure`, and then
+    nothing runs.
+    """
     check_name(mesh)
     if is_running(mesh):
         return MachineClient(mesh), False

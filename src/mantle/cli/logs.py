@@ -24,7 +24,9 @@ _FOLLOW_SECONDS = 0.2
 @click.option("--tail", type=click.IntRange(min=0), metavar="LINES", help="Only the last lines.")
 @click.option("-t", "--timestamps", is_flag=True, help="With the time of each line.")
 def command(flags: Globals, pod: str, container: str | None, follow: bool, tail: int | None, timestamps: bool) -> None:
-    """Print what a container of a pod wrote. Standard output and standard error are told apart by where they go here."""
+    """Print what a container of a pod wrote. Standard output and standard error are told apart by where they go
+    here.
+    """
     from mantle.cli.machine_client import MachineClient
 
     status = MachineClient(flags.mesh).get("/v1/status")
@@ -43,7 +45,9 @@ def command(flags: Globals, pod: str, container: str | None, follow: bool, tail:
 
 
 def _lines(path: Path, follow: bool, tail: int | None) -> Iterator[bytes]:
-    """Whole lines, oldest first, across the file that was full before; then new ones until the pod's directory is gone."""
+    """Whole lines, oldest first, across the file that was full before; then new ones until the pod's directory is
+    gone.
+    """
     old = path.with_name(path.name + ".1")
     before = old.read_bytes().splitlines(keepends=True) if old.exists() else []
     current = _open(path, follow)
@@ -78,7 +82,7 @@ def _open(path: Path, follow: bool):  # type: ignore[no-untyped-def]
 
 
 def _print(line: bytes, timestamps: bool) -> None:
-    stamp, stream, text = (line.rstrip(b"\n").split(b" ", 2) + [b"", b""])[:3]
+    stamp, stream, text = [*line.rstrip(b"\n").split(b" ", 2), b"", b""][:3]
     out = sys.stderr if stream == b"stderr" else sys.stdout
     shown = stamp + b" " + text if timestamps else text
     out.flush()

@@ -16,7 +16,9 @@ DEFAULT_NAMESPACE = "default"
 
 
 def find_pod(status: Mapping[str, Any], word: str, namespace: str | None) -> Pod:
-    """The pod of that name, or of that workload (a ready one first). Without a namespace: `default`, else the only match."""
+    """The pod of that name, or of that workload (a ready one first). Without a namespace: `default`, else the only
+    match.
+    """
     kind_word, slash, name = word.partition("/")
     kind = KINDS.get(kind_word.lower(), "") if slash else "pod"
     name = name if slash else word

@@ -1,4 +1,6 @@
-"""A terminal for a command in a pod: a pseudo-terminal between it and ours, with our size, in raw mode while it runs."""
+"""A terminal for a command in a pod: a pseudo-terminal between it and ours, with our size, in raw mode while it
+runs.
+"""
 
 from __future__ import annotations
 

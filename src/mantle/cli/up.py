@@ -55,7 +55,8 @@ def command(
 ) -> int:
     """Run Kubernetes YAML on this machine, every pod in the mesh unless it says `mantle.dev/inject: disabled`.
 
-    Like `kubectl apply` it adds to what runs: changed objects are updated, and an object that left a file given before is
+    Like `kubectl apply` it adds to what runs: changed objects are updated, and an object that left a file given before
+    is
     removed. In the foreground Ctrl-C takes the whole mesh down; with --detach the mesh stays.
     """
     mesh = check_name(flags.mesh or DEFAULT_MESH)

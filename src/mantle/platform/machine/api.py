@@ -1,6 +1,7 @@
 """The daemon's API for the CLI: HTTP and JSON on `api.sock`, streams as one JSON object a line.
 
-Only processes of the mesh's owner are answered (file mode 0600, and the peer's credentials are checked). Handlers parse,
+Only processes of the mesh's owner are answered (file mode 0600, and the peer's credentials are checked). Handlers
+parse,
 call the controller, and spell the answer; `/v1/viz/…` is passed on to viz as it comes.
 """
 
@@ -274,7 +275,7 @@ async def serve(api: Api, path: Path) -> web.AppRunner:
     """Listens on `path`, mode 0600."""
     runner = web.AppRunner(api.application(), handle_signals=False, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # noqa: ASYNC240 - tmpfs, once
     before = os.umask(0o177)
     try:
         await web.UnixSite(runner, str(path)).start()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mantle.platform.machine import images as img
-from mantle.platform.machine import manifest
+from mantle.platform.machine import manifest, together
 from mantle.platform.machine.manifest import ObjectId
 from mantle.platform.machine.plan import Machine, User, Wanted, wanted
 from mantle.platform.machine.reconcile import Change, merge, objects_of
@@ -88,7 +88,7 @@ def prepare(
     new = [item for a in given.values() for item in a.objects]
     ours = {item.id for item in new}
     stays = {key: item for key, item in objects_of(after).items() if key not in ours}
-    mistakes += manifest.check(new, stays, reserved, partial=bool(mistakes))
+    mistakes += together.check(new, stays, reserved, partial=bool(mistakes))
     files = {
         key: given[key] if key in given else dataclasses.replace(present[key], objects=held)
         for key, held in after.items()

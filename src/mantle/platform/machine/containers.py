@@ -1,4 +1,5 @@
-"""One container of a manifest -> one `ContainerSpec`: program, environment, user, mounts, probes. Pure but for the lookup
+"""One container of a manifest -> one `ContainerSpec`: program, environment, user, mounts, probes. Pure but for the
+lookup
 of programs on the host (`find`), which happens before anything is decided.
 """
 
@@ -175,7 +176,9 @@ def environment(
     hostname: str,
     home: str,
 ) -> dict[str, str]:
-    """What the process sees: the machine's basics, the image's, then `envFrom` and `env` in order, `$(VAR)` expanded."""
+    """What the process sees: the machine's basics, the image's, then `envFrom` and `env` in order, `$(VAR)`
+    expanded.
+    """
     env = {"PATH": ":".join(machine.search), "HOSTNAME": hostname, "HOME": home, **found.program.env}
     for source in box.get("envFrom") or []:
         kind, ref = (
@@ -208,7 +211,9 @@ def _value(entry: Mapping[str, Any], me: vol.Identity, objects: Mapping[ObjectId
 
 
 def probe(box: Mapping[str, Any], key: str, at_once: bool) -> ProbeSpec | None:
-    """One probe with named ports resolved. `at_once`: start without the initial delay (Mantle's own containers say when they are ready)."""
+    """One probe with named ports resolved. `at_once`: start without the initial delay (Mantle's own containers say
+    when they are ready).
+    """
     value = box.get(key)
     if not value:
         return None

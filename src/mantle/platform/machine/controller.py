@@ -1,6 +1,7 @@
 """The one writer of a mesh: objects and pods come in, what to do goes out to the runtime, the world is told.
 
-Everything is decided in `applying`, `plan` and `reconcile`; this file carries it out, in one task (`run`), and keeps what
+Everything is decided in `applying`, `plan` and `reconcile`; this file carries it out, in one task (`run`), and keeps
+what
 a restarted daemon needs. It knows no sockets: `Runtime` and `World` are arguments.
 """
 
@@ -212,11 +213,11 @@ class Controller:
         self._moved.set()
         self._moved = asyncio.Event()
 
-    async def moved(self, timeout: float | None) -> bool:
-        """Waits for the next change; False if `timeout` seconds passed first."""
+    async def moved(self, seconds: float | None) -> bool:
+        """Waits for the next change; False if so many seconds passed first."""
         following = self._moved
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(seconds):
                 await following.wait()
                 return True
         return False

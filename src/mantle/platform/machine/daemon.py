@@ -1,10 +1,12 @@
 """The daemon of one mesh: `python -m mantle.platform.machine.daemon --state-dir DIR --mesh NAME …`. Wiring only.
 
 Two processes. A small one stays in front and starts the daemon again when it dies; when that one dies too, the pods and
-their connections go on, and the next command starts a daemon, which takes them over. Cluster DNS is the first thing that
+their connections go on, and the next command starts a daemon, which takes them over. Cluster DNS is the first thing
+that
 a daemon brings up. The one line it writes to the descriptor of `--ready-fd`: {"ok": true} or {"errors": […]}.
 
-Exit codes: 0 told to end (SIGTERM, or the mesh is down), 1 it cannot start, 3 the node is gone, so everything starts anew.
+Exit codes: 0 told to end (SIGTERM, or the mesh is down), 1 it cannot start, 3 the node is gone, so everything starts
+anew.
 """
 
 from __future__ import annotations

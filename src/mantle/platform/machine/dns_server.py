@@ -1,4 +1,5 @@
-"""Cluster DNS on the router's address: sockets around `dns.answer`. Other names are asked from the host's own namespace.
+"""Cluster DNS on the router's address: sockets around `dns.answer`. Other names are asked from the host's own
+namespace.
 
 Bounded: so many questions upstream at once, so long, so many TCP clients; one that does not fit is answered SERVFAIL.
 """

@@ -26,7 +26,9 @@ def own_programs() -> Path:
 
 
 def find_proxy() -> str:
-    """mantle-proxy: MANTLE_PROXY_PATH, else beside this interpreter, else on the PATH. Raises FileNotFoundError with the fix."""
+    """mantle-proxy: MANTLE_PROXY_PATH, else beside this interpreter, else on the PATH. Raises FileNotFoundError with
+    the fix.
+    """
     given = os.environ.get("MANTLE_PROXY_PATH")
     for candidate in (given, str(own_programs() / "mantle-proxy"), shutil.which("mantle-proxy")):
         if candidate and os.access(candidate, os.X_OK):

@@ -68,7 +68,9 @@ _IMAGE = Obj(
 
 
 def read_map(file: str, text: str, directory: str) -> tuple[dict[str, Image], list[Mistake]]:
-    """The images of one map. `directory` is where the file lies (absolute): what its relative directories start from."""
+    """The images of one map. `directory` is where the file lies (absolute): what its relative directories start
+    from.
+    """
     documents, mistakes = read_yaml(file, text)
     images: dict[str, Image] = {}
     for document in documents:
@@ -119,11 +121,7 @@ def _entry(
             Mistake(file, document.line((*at, "command")), f"image {name}: the command is empty", "name a program")
         )
         return
-    cwd = (
-        os.path.normpath(os.path.join(directory, os.path.expanduser(entry["directory"])))
-        if entry.get("directory")
-        else "/"
-    )
+    cwd = os.path.normpath(Path(directory) / entry["directory"]) if entry.get("directory") else "/"
     images[name] = Image(
         tuple(entry["command"]),
         tuple(entry.get("args") or ()),
@@ -142,7 +140,9 @@ def untagged(image: str) -> str:
 
 
 def resolve(image: str, maps: Iterable[Mapping[str, Image]]) -> Image | None:
-    """The entry of the first map that has the image exactly, or for every tag. None: nobody mapped it (`unmapped` says so)."""
+    """The entry of the first map that has the image exactly, or for every tag. None: nobody mapped it (`unmapped`
+    says so).
+    """
     for images in maps:
         found = images.get(image) or images.get(untagged(image))
         if found is not None:
@@ -167,7 +167,9 @@ def unmapped(image: str, beside: str) -> tuple[str, str]:
 
 
 def join(image: Image, container: Mapping[str, Any]) -> Program:
-    """The image's program with the container's `command`, `args` and `workingDir`, as a container runtime joins them."""
+    """The image's program with the container's `command`, `args` and `workingDir`, as a container runtime joins
+    them.
+    """
     command, args = container.get("command"), container.get("args")
     if command:
         argv = [*command, *(args or [])]
@@ -201,7 +203,8 @@ class Viewer:
 
 
 def find_program(name: str, cwd: str, search: Iterable[str], viewer: Viewer) -> str | NotFound:
-    """The absolute path of a program: a path is taken from `cwd`, a bare name is looked for in each directory of `search`.
+    """The absolute path of a program: a path is taken from `cwd`, a bare name is looked for in each directory of
+    `search`.
 
     A program that the viewer can reach by itself is preferred to one that would have to be shown to it.
     """

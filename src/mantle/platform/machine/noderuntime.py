@@ -69,9 +69,9 @@ class NodeRuntime:
         with _refusals():
             await PodClient(self._pods / uid).restart(container, why)
 
-    async def exec_probe(self, uid: str, container: str, argv: Iterable[str], timeout: float) -> tuple[int | None, str]:
+    async def exec_probe(self, uid: str, container: str, argv: Iterable[str], seconds: float) -> tuple[int | None, str]:
         with _refusals():
-            result = await PodClient(self._pods / uid).probe(container, list(argv), timeout)
+            result = await PodClient(self._pods / uid).probe(container, list(argv), seconds)
             return result.exit_code, result.output
 
     async def dial(self, uid: str, port: int) -> socket.socket:

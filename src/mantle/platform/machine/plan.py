@@ -93,7 +93,9 @@ class Planned:
 
 
 def wanted(item: Object, namespace: Object | None, machine: Machine) -> Wanted | list[Mistake]:
-    """What the pods of a workload are, or everything that keeps them from running. `item` is a Deployment, Pod or Job."""
+    """What the pods of a workload are, or everything that keeps them from running. `item` is a Deployment, Pod or
+    Job.
+    """
     pod = template(item)
     assert pod is not None, "only workloads are planned"
     meta = {"labels": dict(pod.labels), "annotations": dict(pod.annotations), "namespace": item.namespace}

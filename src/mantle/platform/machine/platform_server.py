@@ -43,13 +43,13 @@ class MachinePlatform:
 
 async def start(platform: MachinePlatform, path: Path, chown: bool) -> grpc.aio.Server:
     """Serves until the server is stopped. The socket is open to the control plane's user and nobody else."""
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # noqa: ASYNC240 - tmpfs, once
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((serve.handler(platform),))
     if server.add_insecure_port(f"unix:{path}") == 0:
         raise OSError(f"{path} cannot be listened on")
     await server.start()
-    path.chmod(0o600)
+    path.chmod(0o600)  # noqa: ASYNC240 - tmpfs, once
     if chown:
         os.chown(path, CONTROL_UID, CONTROL_UID)
     return server

@@ -1,6 +1,7 @@
 """One pod as the daemon follows it: its status from the supervisor, its probes, whether it is ready.
 
-The pod runs without us; `PodFollower` only watches, asks and passes on what the answers mean. A restarted daemon takes a
+The pod runs without us; `PodFollower` only watches, asks and passes on what the answers mean. A restarted daemon takes
+a
 running pod over as it was: what had started is taken as ready until its probes say otherwise.
 """
 

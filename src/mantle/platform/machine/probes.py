@@ -2,7 +2,8 @@
 
 Semantics of https://kubernetes.io/docs/concepts/configuration/liveness-readiness-startup-probes/: liveness and
 readiness begin when the startup probe has passed; a failing readiness makes a container unready, a failing startup or
-liveness probe kills it. One addition: until a probe has passed for the first time it is asked more often than its period
+liveness probe kills it. One addition: until a probe has passed for the first time it is asked more often than its
+period
 (`EAGER`), and only the tries that the period allows count as failures, so a pod is ready when its application is.
 
 Times are seconds of any monotonic clock. `Probes` is the state of one container, made anew each time it starts.

@@ -1,4 +1,6 @@
-"""How far a mesh is from what is wanted, for people who wait: from the controller's state to events. Changes nothing."""
+"""How far a mesh is from what is wanted, for people who wait: from the controller's state to events. Changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -59,13 +61,13 @@ def hopeless(controller: Controller, item: ObjectId) -> bool:
     return False
 
 
-async def progress(controller: Controller, items: list[ObjectId], timeout: float) -> AsyncIterator[dict[str, Any]]:
-    """What becomes of these workloads within `timeout` seconds.
+async def progress(controller: Controller, items: list[ObjectId], seconds: float) -> AsyncIterator[dict[str, Any]]:
+    """What becomes of these workloads within so many seconds.
 
     `ready` for each that is, `waiting` for a reason that lasts, `error` when it is no use to wait longer.
     """
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
+    deadline = loop.time() + seconds
     waiting = list(dict.fromkeys(items))
     since: dict[ObjectId, tuple[str, float]] = {}
     said: dict[ObjectId, str] = {}

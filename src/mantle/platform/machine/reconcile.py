@@ -1,7 +1,9 @@
 """What is wanted beside what runs -> what to do. Pure, with the clock as an argument.
 
-`merge` compares files with what was applied before, as `kubectl apply` does, and also removes what left a file. `decide`
-compares workloads with pods. A changed workload's pods are stopped first and started anew when the last old one is gone.
+`merge` compares files with what was applied before, as `kubectl apply` does, and also removes what left a file.
+`decide`
+compares workloads with pods. A changed workload's pods are stopped first and started anew when the last old one is
+gone.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Change:
 def merge(applied: Files, given: Files) -> tuple[dict[str, tuple[Object, ...]], list[Change]]:
     """The files as they are after an `up`, and what that changes, in the order to say it.
 
-    An object that a file given now used to hold and no longer does is removed; objects of other files stay. An object that
+    An object that a file given now used to hold and no longer does is removed; objects of other files stay. An object
+    that
     moves from one file to another changes hands.
     """
     before = objects_of(applied)
@@ -122,7 +125,9 @@ JOB_BACKOFF = (10.0, 360.0)
 
 
 def decide(goals: Iterable[Goal], pods: Iterable[Running], now: float) -> Decision:
-    """What to stop and start so that the pods become what is wanted. Deciding again while that happens changes nothing."""
+    """What to stop and start so that the pods become what is wanted. Deciding again while that happens changes
+    nothing.
+    """
     by_object: dict[ObjectId, list[Running]] = {}
     for pod in pods:
         by_object.setdefault(pod.object, []).append(pod)
@@ -205,7 +210,9 @@ def pod_name(item: ObjectId, hash: str, random: bytes) -> str:
 
 @dataclass(slots=True)
 class Addresses:
-    """Hands out IPv4 addresses of one network, never one again before the rest were used. Addresses are whole numbers."""
+    """Hands out IPv4 addresses of one network, never one again before the rest were used. Addresses are whole
+    numbers.
+    """
 
     first: int
     last: int

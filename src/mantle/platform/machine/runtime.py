@@ -43,7 +43,7 @@ class Runtime(Protocol):
         """A probe found a container dead."""
         ...
 
-    async def exec_probe(self, uid: str, container: str, argv: Iterable[str], timeout: float) -> tuple[int | None, str]:
+    async def exec_probe(self, uid: str, container: str, argv: Iterable[str], seconds: float) -> tuple[int | None, str]:
         """(exit code or None when it took too long, what it printed)."""
         ...
 

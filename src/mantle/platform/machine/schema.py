@@ -36,7 +36,9 @@ class Ignored:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A field that would change what runs and cannot be honoured. `unless`: the values that mean the same as leaving it out."""
+    """A field that would change what runs and cannot be honoured. `unless`: the values that mean the same as leaving
+    it out.
+    """
 
     why: str
     fix: str

@@ -95,7 +95,9 @@ class StateDir:
             directory.mkdir(mode=0o700, exist_ok=True)
 
     def lock(self) -> int:
-        """Waits until nobody else starts or removes this mesh. The descriptor returned is the lock: closing it gives it up."""
+        """Waits until nobody else starts or removes this mesh. The descriptor returned is the lock: closing it gives
+        it up.
+        """
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return descriptor

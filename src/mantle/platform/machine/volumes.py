@@ -85,7 +85,9 @@ _SUBSCRIPT = re.compile(r"metadata\.(labels|annotations)\['(.+)'\]\Z")
 
 
 def field(path: str, me: Identity) -> str:
-    """The value of a downward API `fieldPath`. Raises KeyError for a path that does not exist (refused by the table of kinds)."""
+    """The value of a downward API `fieldPath`. Raises KeyError for a path that does not exist (refused by the table
+    of kinds).
+    """
     if match := _SUBSCRIPT.match(path):
         return (me.labels if match[1] == "labels" else me.annotations).get(match[2], "")
     values = {

@@ -29,7 +29,9 @@ class ServiceAddresses:
             self.given[name] = address
 
     def assign(self, services: Iterable[Object]) -> bool:
-        """Addresses for these services and no others; True if something changed. Raises RuntimeError when none is left."""
+        """Addresses for these services and no others; True if something changed. Raises RuntimeError when none is
+        left.
+        """
         before = dict(self.given)
         wanted = {f"{s.namespace}/{s.name}": s for s in services if not svc.is_headless(s)}
         for name in [n for n in self.given if n not in wanted]:
