@@ -52,6 +52,10 @@ pub(crate) struct Config {
     pub(crate) outbound_connect_timeout: Duration,
     pub(crate) inbound_detect_timeout: Duration,
     pub(crate) outbound_detect_timeout: Duration,
+    /// How long a destination's answer is kept after its last use …
+    pub(crate) outbound_discovery_idle: Duration,
+    /// … and an unlisted port's policy.
+    pub(crate) inbound_discovery_idle: Duration,
     /// How long a drain may take after SIGTERM.
     pub(crate) shutdown_grace: Duration,
     /// `POST /shutdown` on the admin port, loopback only.
@@ -203,6 +207,8 @@ impl Env<'_> {
             outbound_connect_timeout: self.duration("OUTBOUND_CONNECT_TIMEOUT", Duration::from_secs(1)),
             inbound_detect_timeout: self.duration("INBOUND_DETECT_TIMEOUT", Duration::from_secs(10)),
             outbound_detect_timeout: self.duration("OUTBOUND_DETECT_TIMEOUT", Duration::from_secs(10)),
+            outbound_discovery_idle: self.duration("OUTBOUND_DISCOVERY_IDLE_TIMEOUT", Duration::from_secs(5)),
+            inbound_discovery_idle: self.duration("INBOUND_DISCOVERY_IDLE_TIMEOUT", Duration::from_secs(90)),
             shutdown_grace: self.duration("SHUTDOWN_GRACE_PERIOD", Duration::from_secs(120)),
             shutdown_endpoint: self.or_default("SHUTDOWN_ENDPOINT_ENABLED", false, "true or false", from_str),
             cores: self.or_default("CORES", 1, "a whole number of threads, 1 to 64", |value| {

@@ -49,7 +49,7 @@ pub(crate) fn start(config: Arc<Config>, shutdown: Shutdown, mut drain: Drain) -
     let admin_listener = bind(config.admin_listen, "admin")?;
     let tap_listener = config.tap_svc_name.is_some().then(|| bind(config.control_listen, "tap")).transpose()?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(4).build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build()?;
     let (credentials_tx, credentials) = watch::channel(None);
     let (metrics, taps, edges) = (Arc::new(Metrics::new()), Arc::new(Taps::default()), Arc::new(Edges::default()));
     let discovery = {

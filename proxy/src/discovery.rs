@@ -23,6 +23,7 @@ use mantle_proxy_core::reasons::{Denied, Unroutable};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use crate::config::Config;
@@ -72,14 +73,14 @@ impl PortPolicy {
 /// How long a destination or an unlisted port may wait for its first answer.
 pub(crate) const ANSWER: Duration = Duration::from_secs(3);
 
-/// Destinations and unlisted ports known at once. Beyond it the unused make room, then new ones are refused.
+/// Destinations known at once. Beyond it the unused make room, then new ones are refused.
 const MAX_TARGETS: usize = 8192;
-const MAX_UNLISTED_PORTS: usize = 1024;
+/// Listed ports watched from the start; the rest of a long list, and unlisted ports, are watched when first used.
+const MAX_EAGER_PORTS: usize = 256;
+const MAX_OTHER_PORTS: usize = 1024;
 
-/// How often the unused are looked for; they go at the second look in a row, so after 5 to 10 s.
-const SWEEP: Duration = Duration::from_secs(5);
-/// An unlisted port's watch goes after this many looks (90 s).
-const PORT_SWEEPS: u32 = 18;
+/// How often the unused are looked for.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// The handle that data threads hold.
 #[derive(Clone)]
@@ -108,15 +109,16 @@ struct Entry {
     endpoints: watch::Sender<Endpoints>,
     /// Aborted when dropped; `None` for a destination that nobody is asked about.
     _streams: Option<Streams>,
-    /// Nobody held it at the last look.
-    unused: bool,
+    /// Since which look nobody holds it; `None`: somebody does.
+    unused_since: Option<Instant>,
 }
 
 struct PortEntry {
     policy: watch::Sender<Option<Arc<ServerPolicy>>>,
     _stream: Streams,
-    listed: bool,
-    unused_looks: u32,
+    /// Watched from the start and for ever.
+    eager: bool,
+    unused_since: Option<Instant>,
 }
 
 /// A task that ends with its entry.
@@ -134,11 +136,9 @@ impl Discovery {
         let shared =
             Shared { config, control, clients, credentials, targets: Mutex::default(), ports: Mutex::default() };
         let discovery = Self(Arc::new(shared));
-        let config = &discovery.0.config;
-        let listed: Vec<u16> = config.inbound_ports.iter().chain([config.admin_listen.port()]).collect();
-        for port in listed {
-            let policy = discovery.0.default_policy(port);
-            lock(&discovery.0.ports).entry(port).or_insert_with(|| discovery.0.watch_port(port, Some(policy)));
+        for port in discovery.0.config.inbound_ports.iter().take(MAX_EAGER_PORTS) {
+            let entry = discovery.0.watch_port(port, true);
+            lock(&discovery.0.ports).insert(port, entry);
         }
         // The sweeper must not keep alive what it sweeps.
         let weak = Arc::downgrade(&discovery.0);
@@ -147,7 +147,7 @@ impl Discovery {
             loop {
                 ticks.tick().await;
                 let Some(shared) = weak.upgrade() else { return };
-                shared.sweep();
+                shared.sweep(Instant::now());
             }
         });
         discovery
@@ -170,15 +170,16 @@ impl Discovery {
     /// What `port` of this pod accepts.
     pub(crate) fn port(&self, port: u16) -> PortPolicy {
         let mut ports = lock(&self.0.ports);
-        if !ports.contains_key(&port) && ports.values().filter(|entry| !entry.listed).count() >= MAX_UNLISTED_PORTS {
-            ports.retain(|_, entry| entry.listed || entry.policy.receiver_count() > 0);
-            if ports.len() >= MAX_UNLISTED_PORTS + self.0.config.inbound_ports.len() + 1 {
-                // Its sender is gone: `known` refuses at once.
-                return PortPolicy(watch::channel(None).1);
+        if !ports.contains_key(&port) && ports.values().filter(|entry| !entry.eager).count() >= MAX_OTHER_PORTS {
+            let before = ports.len();
+            ports.retain(|_, entry| entry.eager || entry.policy.receiver_count() > 0);
+            if ports.len() == before {
+                // Nothing can change here, and an unlisted port is refused at once: the sender is gone.
+                return PortPolicy(watch::channel(self.0.default_policy(port)).1);
             }
         }
-        let entry = ports.entry(port).or_insert_with(|| self.0.watch_port(port, None));
-        entry.unused_looks = 0;
+        let entry = ports.entry(port).or_insert_with(|| self.0.watch_port(port, false));
+        entry.unused_since = None;
         PortPolicy(entry.policy.subscribe())
     }
 }
@@ -194,7 +195,7 @@ impl Shared {
             }
         }
         let entry = targets.entry(dst).or_insert_with(|| self.entry(dst));
-        entry.unused = false;
+        entry.unused_since = None;
         Ok(Target { outbound: entry.outbound.subscribe(), endpoints: entry.endpoints.subscribe() })
     }
 
@@ -202,7 +203,7 @@ impl Shared {
         let (endpoints, _) = watch::channel(None);
         if !self.is_mesh(dst) {
             let (outbound, _) = watch::channel(Ok(Arc::new(convert::passthrough(dst))));
-            return Entry { outbound, endpoints, _streams: None, unused: false };
+            return Entry { outbound, endpoints, _streams: None, unused_since: None };
         }
         let (outbound, _) = watch::channel(Err(Unroutable::DiscoveryUnavailable));
         let source = follow::Source {
@@ -213,7 +214,7 @@ impl Shared {
             with_profile: !self.config.profile_networks.is_empty(),
         };
         let task = self.control.spawn(follow::target(source, dst, outbound.clone(), endpoints.clone()));
-        Entry { outbound, endpoints, _streams: Some(Streams(task.abort_handle())), unused: false }
+        Entry { outbound, endpoints, _streams: Some(Streams(task.abort_handle())), unused_since: None }
     }
 
     /// Whether `dst` must be explained by the control plane. Without networks, everything must.
@@ -222,9 +223,8 @@ impl Shared {
         networks.is_empty() || networks.iter().any(|network| network.contains(dst.ip()))
     }
 
-    fn watch_port(&self, port: u16, default: Option<Arc<ServerPolicy>>) -> PortEntry {
-        let listed = default.is_some();
-        let (policy, _) = watch::channel(default);
+    fn watch_port(&self, port: u16, eager: bool) -> PortEntry {
+        let (policy, _) = watch::channel(self.default_policy(port));
         let stream = follow::port(
             self.clients.inbound.clone(),
             self.credentials.clone(),
@@ -233,25 +233,33 @@ impl Shared {
             policy.clone(),
         );
         let stream = self.control.spawn(stream);
-        PortEntry { policy, _stream: Streams(stream.abort_handle()), listed, unused_looks: 0 }
+        PortEntry { policy, _stream: Streams(stream.abort_handle()), eager, unused_since: None }
     }
 
-    fn default_policy(&self, port: u16) -> Arc<ServerPolicy> {
+    /// What stands until the first answer; `None` for an unlisted port.
+    fn default_policy(&self, port: u16) -> Option<Arc<ServerPolicy>> {
         let config = &self.config;
         let protocol = if config.opaque_ports.contains(port) { Protocol::Opaque } else { Protocol::Detect };
-        Arc::new(config.default_policy.server_policy(&config.cluster_networks, protocol, config.inbound_detect_timeout))
+        config.inbound_ports.contains(port).then(|| {
+            let timeout = config.inbound_detect_timeout;
+            Arc::new(config.default_policy.server_policy(&config.cluster_networks, protocol, timeout))
+        })
     }
 
-    /// Forgets what nobody holds: destinations at the second look, unlisted ports at the `PORT_SWEEPS`-th.
-    fn sweep(&self) {
+    /// Forgets what nobody has held for its idle time. What is watched eagerly stays.
+    fn sweep(&self, now: Instant) {
+        let over = |since: &mut Option<Instant>, held: bool, idle: Duration| {
+            *since = if held { None } else { since.or(Some(now)) };
+            since.is_some_and(|since| now.duration_since(since) >= idle)
+        };
+        let (outbound, inbound) = (self.config.outbound_discovery_idle, self.config.inbound_discovery_idle);
         lock(&self.targets).retain(|_, entry| {
-            let unused_before = entry.unused;
-            entry.unused = !entry.is_held();
-            !(unused_before && entry.unused)
+            let held = entry.is_held();
+            !over(&mut entry.unused_since, held, outbound)
         });
         lock(&self.ports).retain(|_, entry| {
-            entry.unused_looks = if entry.policy.receiver_count() == 0 { entry.unused_looks + 1 } else { 0 };
-            entry.listed || entry.unused_looks < PORT_SWEEPS
+            let held = entry.eager || entry.policy.receiver_count() > 0;
+            !over(&mut entry.unused_since, held, inbound)
         });
     }
 }

@@ -90,7 +90,7 @@ pub(crate) async fn run(
             Ok(new) => {
                 let now = SystemTime::now();
                 let wait = renew::after_success(now, new.not_after, bounds, tls::random());
-                tracing::info!(name = %config.local_name, epoch = new.epoch, renewal_in = ?wait, "certified");
+                tracing::info!(name = %new.local.dns, spiffe = new.local.spiffe.as_deref(), epoch = new.epoch, renewal_in = ?wait, "certified");
                 metrics.certificate.renewed(now, new.not_after);
                 (epoch, failures) = (new.epoch, 0);
                 credentials.send_replace(Some(Arc::new(new)));

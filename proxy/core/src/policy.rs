@@ -96,17 +96,20 @@ pub enum DefaultPolicy {
     ClusterUnauthenticated,
     ClusterAuthenticated,
     ClusterTlsUnauthenticated,
+    /// Admits everyone, under a name that tells that nobody has decided so.
+    Audit,
     Deny,
 }
 
 impl DefaultPolicy {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::AllUnauthenticated,
         Self::AllAuthenticated,
         Self::AllTlsUnauthenticated,
         Self::ClusterUnauthenticated,
         Self::ClusterAuthenticated,
         Self::ClusterTlsUnauthenticated,
+        Self::Audit,
         Self::Deny,
     ];
 
@@ -119,6 +122,7 @@ impl DefaultPolicy {
             Self::ClusterUnauthenticated => "cluster-unauthenticated",
             Self::ClusterAuthenticated => "cluster-authenticated",
             Self::ClusterTlsUnauthenticated => "cluster-tls-unauthenticated",
+            Self::Audit => "audit",
             Self::Deny => "deny",
         }
     }
@@ -131,7 +135,7 @@ impl DefaultPolicy {
     /// Writes the policy out. `cluster` are the networks that count as the cluster's own.
     pub fn server_policy(self, cluster: &[Cidr], protocol: Protocol, detect_timeout: Duration) -> ServerPolicy {
         let clients = match self {
-            Self::AllUnauthenticated | Self::ClusterUnauthenticated => Some(Clients::Anyone),
+            Self::AllUnauthenticated | Self::ClusterUnauthenticated | Self::Audit => Some(Clients::Anyone),
             Self::AllTlsUnauthenticated | Self::ClusterTlsUnauthenticated => Some(Clients::AnyTls),
             Self::AllAuthenticated | Self::ClusterAuthenticated => {
                 Some(Clients::Identities { names: Vec::new(), suffixes: vec![Vec::new()] })
@@ -140,7 +144,11 @@ impl DefaultPolicy {
         };
         let everywhere = [Cidr::ANY_V4, Cidr::ANY_V6];
         let networks = match self {
-            Self::AllUnauthenticated | Self::AllAuthenticated | Self::AllTlsUnauthenticated | Self::Deny => &everywhere,
+            Self::AllUnauthenticated
+            | Self::AllAuthenticated
+            | Self::AllTlsUnauthenticated
+            | Self::Audit
+            | Self::Deny => &everywhere,
             Self::ClusterUnauthenticated | Self::ClusterAuthenticated | Self::ClusterTlsUnauthenticated => cluster,
         };
         let authorization = clients.map(|clients| Authorization {
@@ -311,6 +319,7 @@ mod tests {
             ("cluster-unauthenticated", [true, true, true], [false, false, false]),
             ("cluster-tls-unauthenticated", [false, true, true], [false, false, false]),
             ("cluster-authenticated", [false, false, true], [false, false, false]),
+            ("audit", [true, true, true], [true, true, true]),
             ("deny", [false, false, false], [false, false, false]),
         ];
         for (word, inside, outside) in table {
@@ -322,7 +331,11 @@ mod tests {
                 assert_eq!(got, want, "{word} from {from}");
             }
             let permit = authorize(&policy, ip("::ffff:127.0.0.1"), none).unwrap();
-            assert!(word == "all-unauthenticated" || permit.authorization() == ["", "default", "localhost"], "{word}");
+            assert!(
+                ["all-unauthenticated", "audit"].contains(&word)
+                    || permit.authorization() == ["", "default", "localhost"],
+                "{word}"
+            );
             assert_eq!(permit.server(), ["", "default", word]);
         }
         assert_eq!(DefaultPolicy::parse("all"), None);

@@ -151,3 +151,24 @@ fn durations() {
         assert_eq!(duration(text), None, "{text}");
     }
 }
+
+#[test]
+fn every_variable_is_on_its_page_and_the_page_names_no_other() {
+    let asked = std::cell::RefCell::new(std::collections::BTreeSet::new());
+    let vars = minimal();
+    let config = Config::load(|name| {
+        asked.borrow_mut().insert(name.split_once("_PROXY_").expect("a prefix").1.to_owned());
+        vars.iter().find(|(k, _)| *k == name).map(|(_, v)| v.clone())
+    });
+    assert!(config.is_ok());
+    let mut asked = asked.into_inner();
+    // Loopback services need no name, so the minimal environment does not ask for these.
+    asked.extend(["IDENTITY_SVC_NAME".to_owned(), "DESTINATION_SVC_NAME".to_owned()]);
+    let page = include_str!("../../../docs/proxy.md");
+    let code = page.split('`').skip(1).step_by(2);
+    let is_variable = |word: &&str| word.bytes().all(|b| b.is_ascii_uppercase() || b == b'_') && word.len() > 2;
+    let others = ["MANTLE_PROXY_", "LINKERD2_PROXY_", "JSON", "PLAIN"];
+    let named: std::collections::BTreeSet<_> =
+        code.filter(is_variable).filter(|word| !others.contains(word)).map(str::to_owned).collect();
+    assert_eq!(named, asked);
+}

@@ -13,6 +13,7 @@ use std::time::Duration;
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -31,6 +32,9 @@ pub(crate) enum ClientTls {
     /// This configuration, for one call: Certify.
     Fixed(Arc<ClientConfig>),
 }
+
+/// How long sent bytes may go unacknowledged before the connection is given up.
+const DEAD_PEER: Duration = Duration::from_secs(20);
 
 /// One whole connection attempt: resolving, every address, TLS.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -87,7 +91,11 @@ async fn connect_tcp(addr: &ControlAddr, dial: Dial) -> io::Result<TcpStream> {
     let mut last = None;
     for address in addresses {
         match socket::connect(address, dial).await {
-            Ok(tcp) => return Ok(tcp),
+            Ok(tcp) => {
+                // What was sent to a peer that vanished is not waited for longer than a silent one is.
+                SockRef::from(&tcp).set_tcp_user_timeout(Some(DEAD_PEER))?;
+                return Ok(tcp);
+            }
             Err(why) => last = Some(io::Error::new(why.kind(), format!("{addr} at {address}: {why}"))),
         }
     }

@@ -28,6 +28,7 @@ fn config(ca: &Ca, plane: SocketAddr, token: &str) -> Config {
             "IDENTITY_TOKEN_FILE" => token,
             "IDENTITY_SVC_ADDR" | "DESTINATION_SVC_ADDR" | "POLICY_SVC_ADDR" => &plane,
             "POLICY_WORKLOAD" => "web-1",
+            "INBOUND_PORTS" => "8080",
             "DESTINATION_PROFILE_NETWORKS" => "10.203.0.0/16",
             "ADMIN_LISTEN_ADDR" | "CONTROL_LISTEN_ADDR" => "127.0.0.1:0",
             "TAP_SVC_NAME" => API,
@@ -89,7 +90,7 @@ async fn the_control_thread_certifies_answers_and_ends() {
     };
     let (target, ()) = tokio::join!(control.discovery.target(dst), play);
     target.expect("a stranger passes");
-    assert_eq!(plane.inbound.next().await.request.port, u32::from(admin));
+    assert_eq!(plane.inbound.next().await.request.port, 8080);
 
     shutdown.advance(Phase::Draining);
     assert!(get(admin, "/ready").contains("draining"), "the port outlives the drain");

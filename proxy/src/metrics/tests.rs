@@ -175,6 +175,13 @@ fn the_text_is_whole_and_well_formed() {
             .find_map(|end| name.strip_suffix(end).filter(|n| typed.get(n) == Some(&"histogram")));
         assert!(typed.contains_key(family.unwrap_or(name)), "{name} has a type");
     }
+    let page = include_str!("../../../docs/metrics.md");
+    let rows: std::collections::HashMap<_, _> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("` | "))
+        .filter_map(|(name, rest)| Some((name, rest.split_once(" |")?.0)))
+        .collect();
+    assert_eq!(rows, typed, "docs/metrics.md names every family with its type, and no other");
     assert!(text.contains("control_identity_cert_expiration_timestamp_seconds 2000\n"));
     assert!(text.contains("control_identity_cert_refresh_timestamp_seconds 1000\n"));
     assert!(text.contains("proxy_build_info{version="));
