@@ -195,10 +195,12 @@ class FakeProxies:
         self.behave = behave
         self.asked: list[tuple[str, int]] = []
         self.open: set[str] = set()
+        self.calls = 0
         self.changed = asyncio.Event()
 
     async def observe(self, pod: Pod, request: tap_pb2.ObserveRequest) -> AsyncIterator[tap_pb2.TapEvent]:
         self.asked.append((pod.key.name, request.limit))
+        self.calls += 1
         answer = self.behave(pod)
         if isinstance(answer, Unreachable):
             raise answer
@@ -209,6 +211,7 @@ class FakeProxies:
             await asyncio.Event().wait()
         finally:
             self.open.discard(pod.key.name)
+            self.calls -= 1
             self.changed.set()
 
 
@@ -257,3 +260,18 @@ def test_a_proxy_that_cannot_be_asked_gives_one_notice_and_is_asked_again(monkey
         assert "requestInitEvent" in await seen.get()
 
     watch(proxies, play)
+
+
+def test_a_request_that_never_ends_does_not_hide_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tap, "WINDOW_SECONDS", 0.01)
+    proxies = FakeProxies(lambda _: [request_event()] * 100)  # as many as the limit, and the call stays open
+
+    async def play(world: World, seen: asyncio.Queue[dict[str, Any]]) -> None:
+        for _ in range(tap.MAX_DRAINING + 3):
+            for _ in range(100):
+                await seen.get()
+        assert len(proxies.asked) >= tap.MAX_DRAINING + 3
+        assert proxies.calls <= tap.MAX_DRAINING + 2
+
+    watch(proxies, play)
+    assert proxies.calls == 0

@@ -8,6 +8,7 @@ asked gives one notice, not the end of the watch: the others still have somethin
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from mantle.viz.world import World
 WINDOW_SECONDS = 1.0
 """A proxy reports at most its share of requests in this time."""
 RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
+MAX_DRAINING = 8
+"""Earlier calls to one proxy that still wait for the ends of their requests (a gRPC stream may never end)."""
 QUEUED_EVENTS = 1000
 """Beyond this a slow reader holds up the proxies' streams, which then drop events (and never slow traffic down)."""
 
@@ -93,16 +96,48 @@ async def _follow(
     loop = asyncio.get_running_loop()
     request = observe_request(query, limit)
     failures = 0
-    while True:
-        started = loop.time()
-        try:
-            async for event in proxies.observe(pod, request):
+    draining: deque[asyncio.Task[Unreachable | None]] = deque()
+    async with asyncio.TaskGroup() as group:
+        while True:
+            started = loop.time()
+            full = asyncio.Event()
+            asking = group.create_task(_observe(world, proxies, pod, request, events, full))
+            asking.add_done_callback(lambda _, full=full: full.set())  # type: ignore[misc]
+            await full.wait()
+            if not asking.done():  # all requests are there, but some still run: their ends come beside the next ones
+                draining.append(asking)
+                if len(draining) > MAX_DRAINING:
+                    draining.popleft().cancel()
+                failure = None
+            else:
+                failure = asking.result()
+            if failure is None:
                 failures = 0
-                await events.put(event_object(event, world.addresses.pods))
-            pause = started + WINDOW_SECONDS - loop.time()
-        except Unreachable as error:
-            if failures == 0:
-                await events.put({"notice": {"pod": str(pod.key), "message": str(error)}})
-            pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)]
-            failures += 1
-        await asyncio.sleep(max(0.0, pause))
+                pause = started + WINDOW_SECONDS - loop.time()
+            else:
+                if failures == 0:
+                    await events.put({"notice": {"pod": str(pod.key), "message": str(failure)}})
+                pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)]
+                failures += 1
+            await asyncio.sleep(max(0.0, pause))
+
+
+async def _observe(
+    world: World,
+    proxies: Observes,
+    pod: Pod,
+    request: tap_pb2.ObserveRequest,
+    events: asyncio.Queue[dict[str, Any]],
+    full: asyncio.Event,
+) -> Unreachable | None:
+    """One `Observe` until it ends; why it failed, if it did. Sets `full` when its last request has been seen."""
+    left = request.limit
+    try:
+        async for event in proxies.observe(pod, request):
+            await events.put(event_object(event, world.addresses.pods))
+            left -= event.http.HasField("request_init")
+            if left <= 0:
+                full.set()
+    except Unreachable as error:
+        return error
+    return None
