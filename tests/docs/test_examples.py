@@ -8,7 +8,8 @@ A page's blocks run in order, in one fresh directory with this checkout's progra
   last line is the exit code, 0 otherwise;
 - other blocks are for reading.
 
-A page that says `<!-- needs: mesh -->` runs beside a mesh of its own with emojivoto in it, named in $MANTLE_MESH.
+$MANTLE_MESH names a mesh of the page's own. A page that says `<!-- makes: mesh -->` may start it; one that says
+`<!-- needs: mesh -->` finds it running, with emojivoto in it. It is taken down in the end.
 """
 
 import doctest
@@ -36,19 +37,19 @@ def environment(home: Path, mesh: str) -> dict[str, str]:
 
 @pytest.fixture
 def mesh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The name of a running mesh with emojivoto, for the pages that need one."""
+    """The name of the page's own mesh, running if the page needs it to, and gone afterwards."""
     page: Path = request.node.callspec.params["page"]
-    name = f"docs-{page.stem}".lower()
-    if "<!-- needs: mesh -->" not in page.read_text():
-        yield name
-        return
+    name, text = f"docs-{page.stem}".lower(), page.read_text()
     env = environment(tmp_path, name)
-    up = ["mantle", "up", "-d", str(ROOT / "apps/emojivoto/emojivoto.yml")]
+    mantle = str(Path(sys.executable).with_name("mantle"))
     try:
-        subprocess.run(up, env=env, check=True, timeout=TIMEOUT_SECONDS, capture_output=True, text=True)
+        if "<!-- needs: mesh -->" in text:
+            up = [mantle, "up", "-d", str(ROOT / "apps/emojivoto/emojivoto.yml")]
+            subprocess.run(up, env=env, check=True, timeout=TIMEOUT_SECONDS, capture_output=True, text=True)
         yield name
     finally:
-        subprocess.run(["mantle", "down"], env=env, timeout=TIMEOUT_SECONDS, capture_output=True)
+        if "<!-- needs: mesh -->" in text or "<!-- makes: mesh -->" in text:
+            subprocess.run([mantle, "down"], env=env, timeout=TIMEOUT_SECONDS, capture_output=True, check=True)
 
 
 @pytest.mark.timeout(240)
