@@ -1,11 +1,11 @@
 //! The admin port (4191): `/metrics`, `/ready`, `/live` for scrapers and probes, on plaintext and mesh TLS alike.
 //!
 //! HTTP/1.1 only; the first byte tells TLS from plaintext. Connections, heads and time are bounded: whoever drips bytes
-//! loses the connection. `POST /shutdown` exists only if the configuration says so, for loopback clients.
+//! loses the connection, and the idle make room for others. `POST /shutdown` exists only if the configuration says so, for loopback clients.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -15,9 +15,9 @@ use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 
+use crate::control::slots::{Slot, Slots};
 use crate::drain::{Drain, Phase, Shutdown};
 use crate::metrics::{CONTENT_TYPE, Metrics};
 use crate::socket;
@@ -33,7 +33,7 @@ pub(crate) struct Admin {
 }
 
 /// Connections at once; a client's first byte and each head must come within `HEAD`, and all of a connection within `LIFE`.
-const MAX_CONNECTIONS: usize = 128;
+const MAX_CONNECTIONS: usize = 256;
 const HEAD: Duration = Duration::from_secs(10);
 const LIFE: Duration = Duration::from_secs(600);
 const MAX_HEAD: usize = 16 * 1024;
@@ -43,38 +43,40 @@ const TLS_HANDSHAKE: u8 = 22;
 
 /// Serves until dropped.
 pub(crate) async fn serve(listener: TcpListener, admin: Arc<Admin>) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let slots = Slots::new(MAX_CONNECTIONS);
     let accepted = |io: TcpStream, peer: SocketAddr| {
-        let Ok(slot) = slots.clone().try_acquire_owned() else {
-            tracing::debug!(%peer, MAX_CONNECTIONS, "too many connections to the admin port");
-            return;
-        };
         let admin = admin.clone();
-        tokio::spawn(async move {
-            let _ = tokio::time::timeout(LIFE, connection(io, peer, admin)).await;
-            drop(slot);
+        slots.spawn(|slot| async move {
+            let _ = tokio::time::timeout(LIFE, connection(io, peer, admin, slot)).await;
         });
     };
     socket::accept(&listener, accepted, |error| tracing::warn!(%error, "the admin port cannot accept")).await;
 }
 
-async fn connection(io: TcpStream, peer: SocketAddr, admin: Arc<Admin>) {
+async fn connection(io: TcpStream, peer: SocketAddr, admin: Arc<Admin>, slot: Slot) {
     let mut first = [0];
     let Ok(Ok(1)) = tokio::time::timeout(HEAD, io.peek(&mut first)).await else { return };
     if first[0] != TLS_HANDSHAKE {
-        return http1(io, peer, admin).await;
+        return http1(io, peer, admin, slot).await;
     }
     let Some(now) = admin.credentials.borrow().clone() else { return };
     let accept = TlsAcceptor::from(now.server_plain.clone()).accept(io);
     match tokio::time::timeout(HEAD, accept).await {
-        Ok(Ok(io)) => http1(io, peer, admin).await,
+        Ok(Ok(io)) => http1(io, peer, admin, slot).await,
         Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS with a client of the admin port failed"),
         Err(_) => {}
     }
 }
 
-async fn http1(io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: SocketAddr, admin: Arc<Admin>) {
+async fn http1(
+    io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: SocketAddr,
+    admin: Arc<Admin>,
+    slot: Slot,
+) {
+    let slot = std::sync::Mutex::new(slot);
     let answer = hyper::service::service_fn(move |request: Request<Incoming>| {
+        slot.lock().unwrap_or_else(PoisonError::into_inner).touch();
         let response = respond(&admin, peer, request.method(), request.uri().path());
         async move { Ok::<_, Infallible>(response) }
     });

@@ -4,6 +4,7 @@
 
 pub(crate) mod backoff;
 pub(crate) mod client;
+pub(crate) mod slots;
 #[cfg(test)]
 pub(crate) mod testing;
 
@@ -53,9 +54,9 @@ pub(crate) fn start(config: Arc<Config>, shutdown: Shutdown, mut drain: Drain) -
     let (credentials_tx, credentials) = watch::channel(None);
     let (metrics, taps, edges) = (Arc::new(Metrics::new()), Arc::new(Taps::default()), Arc::new(Edges::default()));
     let discovery = {
-        let _in_runtime = runtime.enter();
-        let clients = clients(&config, &credentials);
-        Discovery::start(config.clone(), runtime.handle().clone(), clients, credentials.clone())
+        let (own, shown) = (config.clone(), credentials.clone());
+        let connect = move || clients(&own, &shown);
+        Discovery::start(config.clone(), runtime.handle().clone(), connect, credentials.clone())
     };
     let control = Control { credentials, discovery, metrics, taps, edges };
 

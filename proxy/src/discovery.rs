@@ -90,14 +90,36 @@ struct Shared {
     config: Arc<Config>,
     /// Where the streams live: the control thread.
     control: Handle,
-    clients: Clients,
+    connections: Connections,
     credentials: CredentialsWatch,
     targets: Mutex<HashMap<SocketAddr, Entry>>,
     ports: Mutex<HashMap<u16, PortEntry>>,
 }
 
+/// As many connections to the control plane as there are streams for: a peer limits the streams of one (ours to 1,000).
+struct Connections {
+    make: Box<dyn Fn() -> Clients + Send + Sync>,
+    made: Mutex<Vec<Arc<Clients>>>,
+}
+
+/// Destinations on one connection: each has up to two streams on it.
+const PER_CONNECTION: usize = 400;
+
+impl Connections {
+    /// The first connection that has room.
+    fn get(&self) -> Arc<Clients> {
+        let mut made = lock(&self.made);
+        // Ours is one reference, the others are users.
+        let free = made.iter().find(|clients| Arc::strong_count(clients) <= PER_CONNECTION).cloned();
+        free.unwrap_or_else(|| {
+            let new = Arc::new((self.make)());
+            made.push(new.clone());
+            new
+        })
+    }
+}
+
 /// Clients over lazily connected channels: `control.rs` makes them.
-#[derive(Clone)]
 pub(crate) struct Clients {
     pub(crate) destination: DestinationClient<Channel>,
     pub(crate) outbound: OutboundPoliciesClient<Channel>,
@@ -131,10 +153,17 @@ impl Drop for Streams {
 }
 
 impl Discovery {
-    /// Starts watching the listed ports and sweeping the unused, on `control`.
-    pub(crate) fn start(config: Arc<Config>, control: Handle, clients: Clients, credentials: CredentialsWatch) -> Self {
+    /// Starts watching the listed ports and sweeping the unused, on `control`. `connect` makes the clients of one more
+    /// connection; it is called within that runtime.
+    pub(crate) fn start(
+        config: Arc<Config>,
+        control: Handle,
+        connect: impl Fn() -> Clients + Send + Sync + 'static,
+        credentials: CredentialsWatch,
+    ) -> Self {
+        let connections = Connections { make: Box::new(connect), made: Mutex::default() };
         let shared =
-            Shared { config, control, clients, credentials, targets: Mutex::default(), ports: Mutex::default() };
+            Shared { config, control, connections, credentials, targets: Mutex::default(), ports: Mutex::default() };
         let discovery = Self(Arc::new(shared));
         for port in discovery.0.config.inbound_ports.iter().take(MAX_EAGER_PORTS) {
             let entry = discovery.0.watch_port(port, true);
@@ -207,7 +236,7 @@ impl Shared {
         }
         let (outbound, _) = watch::channel(Err(Unroutable::DiscoveryUnavailable));
         let source = follow::Source {
-            clients: self.clients.clone(),
+            clients: self.connect(),
             credentials: self.credentials.clone(),
             workload: self.config.policy_workload.clone(),
             context: self.config.destination_context.clone(),
@@ -215,6 +244,11 @@ impl Shared {
         };
         let task = self.control.spawn(follow::target(source, dst, outbound.clone(), endpoints.clone()));
         Entry { outbound, endpoints, _streams: Some(Streams(task.abort_handle())), unused_since: None }
+    }
+
+    fn connect(&self) -> Arc<Clients> {
+        let _on_the_control_thread = self.control.enter();
+        self.connections.get()
     }
 
     /// Whether `dst` must be explained by the control plane. Without networks, everything must.
@@ -226,7 +260,7 @@ impl Shared {
     fn watch_port(&self, port: u16, eager: bool) -> PortEntry {
         let (policy, _) = watch::channel(self.default_policy(port));
         let stream = follow::port(
-            self.clients.inbound.clone(),
+            self.connect(),
             self.credentials.clone(),
             self.config.policy_workload.clone(),
             port,

@@ -159,11 +159,8 @@ fn skip(range: PortRange) -> Vec<u8> {
 
 fn skip_subnet(subnet: &Subnet, which: nft::Address) -> Vec<u8> {
     let (load, of_family) = nft::address(which, subnet.first.len() == 4);
-    let inside = if subnet.first == subnet.last {
-        nft::equal(&subnet.first)
-    } else {
-        nft::within(&subnet.first, &subnet.last)
-    };
+    let inside =
+        if subnet.first == subnet.last { nft::equal(&subnet.first) } else { nft::within(&subnet.first, &subnet.last) };
     [of_family, load, inside, nft::accept()].concat()
 }
 

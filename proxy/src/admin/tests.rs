@@ -154,20 +154,16 @@ async fn hostile_clients_are_cut_off_and_others_are_served() {
     drop(TcpStream::connect(stage.addr).await.expect("connect"));
     assert_eq!(status(&stage.get("/live").await), "200");
 
+    // Many who say nothing, or half a word, keep nobody out.
     let mut idle = Vec::new();
-    for _ in 0..MAX_CONNECTIONS {
+    for n in 0..MAX_CONNECTIONS * 3 {
         let mut io = TcpStream::connect(stage.addr).await.expect("connect");
-        io.write_all(b"G").await.expect("sent");
+        if n % 2 == 0 {
+            io.write_all(b"G").await.expect("sent");
+        }
         idle.push(io);
     }
-    assert_eq!(status(&stage.get("/live").await), "none", "full: closed at once");
-    drop(idle.pop());
-    let served = async {
-        while status(&stage.get("/live").await) != "200" {
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), served).await.expect("there is room again");
+    assert_eq!(status(&stage.get("/live").await), "200");
 }
 
 #[tokio::test(start_paused = true)]
@@ -176,7 +172,11 @@ async fn a_head_that_drips_is_not_waited_for() {
     let (_, drain) = drain::channel();
     let (_, credentials) = watch::channel(None);
     let admin = Admin { metrics: Arc::new(Metrics::new()), credentials, drain, shutdown: None };
-    let serving = tokio::spawn(http1(server, ([127, 0, 0, 1], 1).into(), Arc::new(admin)));
+    let (done, serving) = tokio::sync::oneshot::channel();
+    Slots::new(1).spawn(|slot| async move {
+        http1(server, ([127, 0, 0, 1], 1).into(), Arc::new(admin), slot).await;
+        let _ = done.send(());
+    });
     let began = tokio::time::Instant::now();
     let drip = async {
         for byte in b"GET /metrics HTTP/1.1\r\n".iter().cycle() {

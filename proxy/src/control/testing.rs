@@ -1,6 +1,6 @@
 //! A control plane for tests: each call is handed to the test, which answers it as it likes.
 //!
-//! In memory (`Plane::channel`, for virtual time) or behind a real listener with or without TLS (`serve`).
+//! In memory (`Plane::channels`, for virtual time) or behind a real listener with or without TLS (`serve`).
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -141,14 +141,17 @@ impl Plane {
         Self { certify, profile, get, outbound, inbound, services }
     }
 
-    /// A channel to this plane that lives in memory.
-    pub(crate) fn channel(&self) -> Channel {
+    /// Makes channels to this plane that live in memory.
+    pub(crate) fn channels(&self) -> impl Fn() -> Channel + Send + Sync + 'static {
         let services = self.services.clone();
-        Endpoint::from_static("http://plane").connect_with_connector_lazy(tower::service_fn(move |_| {
-            let (ours, theirs) = tokio::io::duplex(64 * 1024);
-            tokio::spawn(http2(theirs, services.clone(), String::new()));
-            async move { Ok::<_, io::Error>(TokioIo::new(ours)) }
-        }))
+        move || {
+            let services = services.clone();
+            Endpoint::from_static("http://plane").connect_with_connector_lazy(tower::service_fn(move |_| {
+                let (ours, theirs) = tokio::io::duplex(64 * 1024);
+                tokio::spawn(http2(theirs, services.clone(), String::new()));
+                async move { Ok::<_, io::Error>(TokioIo::new(ours)) }
+            }))
+        }
     }
 
     /// Serves on `listener` until the task is aborted, which ends every connection too.

@@ -10,13 +10,11 @@ use std::time::Duration;
 
 use linkerd2_proxy_api::destination::{self as pb, GetDestination, update::Update};
 use linkerd2_proxy_api::inbound::PortSpec;
-use linkerd2_proxy_api::inbound::inbound_server_policies_client::InboundServerPoliciesClient;
 use linkerd2_proxy_api::outbound::{TrafficSpec, traffic_spec};
 use mantle_proxy_core::model::{Backend, Endpoint, Outbound, ServerPolicy};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tonic::codegen::BoxFuture;
-use tonic::transport::Channel;
 use tonic::{Code, Response, Status, Streaming};
 
 use super::convert::{self, PolicyAnswer, ProfileAnswer};
@@ -27,7 +25,7 @@ use crate::tls::CredentialsWatch;
 /// Whom to ask, and as whom.
 #[derive(Clone)]
 pub(super) struct Source {
-    pub(super) clients: Clients,
+    pub(super) clients: Arc<Clients>,
     pub(super) credentials: CredentialsWatch,
     pub(super) workload: String,
     pub(super) context: String,
@@ -87,7 +85,7 @@ pub(super) async fn target(
 
 /// Keeps `policy` true of this pod's `port` until aborted.
 pub(super) async fn port(
-    client: InboundServerPoliciesClient<Channel>,
+    clients: Arc<Clients>,
     mut credentials: CredentialsWatch,
     workload: String,
     port: u16,
@@ -97,7 +95,8 @@ pub(super) async fn port(
         return;
     }
     let ask = || {
-        let (mut client, request) = (client.clone(), PortSpec { workload: workload.clone(), port: u32::from(port) });
+        let (mut client, request) =
+            (clients.inbound.clone(), PortSpec { workload: workload.clone(), port: u32::from(port) });
         asking(async move { client.watch_port(request).await })
     };
     // "Not mine" leaves what stands: the default policy of a listed port, nothing for any other.

@@ -34,13 +34,14 @@ fn stage(vars: &[(&str, &str)]) -> Stage {
     let ca = Ca::new();
     let plane = Plane::new();
     let config = config(vars, &ca);
-    let clients = crate::discovery::Clients {
-        destination: DestinationClient::new(plane.channel()),
-        outbound: OutboundPoliciesClient::new(plane.channel()),
-        inbound: InboundServerPoliciesClient::new(plane.channel()),
+    let channels = plane.channels();
+    let connect = move || crate::discovery::Clients {
+        destination: DestinationClient::new(channels()),
+        outbound: OutboundPoliciesClient::new(channels()),
+        inbound: InboundServerPoliciesClient::new(channels()),
     };
     let (credentials, watched) = watch::channel(Some(Arc::new(ca.credentials(WEB))));
-    Stage { discovery: Discovery::start(Arc::new(config), Handle::current(), clients, watched), plane, credentials }
+    Stage { discovery: Discovery::start(Arc::new(config), Handle::current(), connect, watched), plane, credentials }
 }
 
 fn config(vars: &[(&str, &str)], ca: &Ca) -> Config {
@@ -261,6 +262,20 @@ async fn an_answer_is_shared_and_asked_again_only_after_it_was_unused_for_a_whil
     assert!(lock(&stage.discovery.0.targets).is_empty(), "forgotten");
     let (_, second) = tokio::join!(ask(&stage, SERVICE), stage.plane.outbound.next());
     assert!(second.request.target.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_destinations_are_spread_over_connections() {
+    let stage = stage(&[]);
+    let asked: Vec<_> = (0..PER_CONNECTION as u16)
+        .map(|port| stage.discovery.0.subscribe(SocketAddr::from(([10, 203, 5, 5], 1000 + port))).expect("room"))
+        .collect();
+    // The listed port's stream is on the first connection too.
+    assert_eq!(lock(&stage.discovery.0.connections.made).len(), 2);
+    drop(asked);
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    stage.discovery.0.subscribe("10.203.5.5:80".parse().expect("address")).expect("room");
+    assert_eq!(lock(&stage.discovery.0.connections.made).len(), 2, "there is room again on the first");
 }
 
 #[tokio::test(start_paused = true)]

@@ -20,7 +20,7 @@ use mantle_proxy_core::model::Cidr;
 use mantle_proxy_core::tapmatch::{TapMatch, Tcp, Text};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 use tonic::body::Body;
 use tonic::codegen::tokio_stream::Stream;
@@ -28,14 +28,18 @@ use tonic::codegen::{BoxFuture, Service};
 use tonic::{Code, Status};
 
 use super::{Registration, Taps};
+use crate::control::slots::{Slot, Slots};
 use crate::edges::Edges;
 use crate::metrics::TlsLabel;
 use crate::socket;
 use crate::tls::{self, CredentialsWatch};
 
-/// Connections at once, and how long one may take to say who it is.
-const MAX_CONNECTIONS: usize = 64;
+/// Connections at once (strangers make room for others), and how long one may take to say who it is.
+const MAX_CONNECTIONS: usize = 128;
 const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// How long one who may not ask is told so.
+const REFUSED: Duration = Duration::from_secs(30);
 
 /// Nodes of one match tree.
 const MAX_MATCHES: usize = 1024;
@@ -48,17 +52,10 @@ pub(crate) async fn serve(
     taps: Arc<Taps>,
     edges: Arc<Edges>,
 ) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let slots = Slots::new(MAX_CONNECTIONS);
     let accepted = |io: TcpStream, peer: SocketAddr| {
-        let Ok(slot) = slots.clone().try_acquire_owned() else {
-            tracing::warn!(%peer, MAX_CONNECTIONS, "too many connections to the tap port");
-            return;
-        };
         let (observer, credentials, taps, edges) = (observer.clone(), credentials.clone(), taps.clone(), edges.clone());
-        tokio::spawn(async move {
-            connection(io, peer, &observer, &credentials, taps, edges).await;
-            drop(slot);
-        });
+        slots.spawn(|slot| async move { connection(io, peer, slot, &observer, &credentials, taps, edges).await });
     };
     socket::accept(&listener, accepted, |error| tracing::warn!(%error, "the tap port cannot accept")).await;
 }
@@ -66,6 +63,7 @@ pub(crate) async fn serve(
 async fn connection(
     io: TcpStream,
     peer: SocketAddr,
+    mut slot: Slot,
     observer: &Arc<str>,
     credentials: &CredentialsWatch,
     taps: Arc<Taps>,
@@ -76,7 +74,8 @@ async fn connection(
     let Ok(Ok(1)) = peeked else { return };
     let service = |refused| Served { tap: TapServer::new(TapService { taps, refused }), edges, refused };
     if first[0] != TLS_HANDSHAKE {
-        return http2(io, service(Some("mutual TLS is required"))).await;
+        let _ = tokio::time::timeout(REFUSED, http2(io, service(Some("mutual TLS is required")))).await;
+        return;
     }
     let Some(now) = credentials.borrow().clone() else { return };
     let accept = TlsAcceptor::from(now.server_plain.clone()).accept(io);
@@ -91,7 +90,12 @@ async fn connection(
         Some(_) => Some("this identity may not tap"),
         None => Some("a client certificate is required"),
     };
-    http2(io, service(refused)).await;
+    if refused.is_some() {
+        let _ = tokio::time::timeout(REFUSED, http2(io, service(refused))).await;
+        return;
+    }
+    slot.keep();
+    http2(io, service(None)).await;
 }
 
 /// The first byte of a TLS record that opens a handshake.

@@ -256,6 +256,20 @@ fn edges_have_the_field_numbers_of_the_proto_file() {
 }
 
 #[tokio::test]
+async fn strangers_who_stay_keep_no_observer_out_and_push_none_away() {
+    let stage = stage();
+    let mut events = stage.observe(1, any(), false).await.expect("allowed");
+    let mut strangers = Vec::new();
+    for _ in 0..300 {
+        strangers.push(tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, stage.port)).await.expect("connect"));
+    }
+    let _late = stage.observe(1, any(), false).await.expect("allowed still");
+    let (tls, labels) = (TlsLabel::None(NoTls::Loopback), Arc::from([]));
+    drop(stage.taps.open(&request(Direction::Inbound, &tls, &labels, "/")).expect("matches"));
+    next(&mut events).await;
+}
+
+#[tokio::test]
 async fn what_cannot_be_watched_is_refused() {
     let stage = stage();
     let source = |tcp| observe_request::Match { r#match: Some(r#match::Match::Source(r#match::Tcp { r#match: tcp })) };
