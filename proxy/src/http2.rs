@@ -19,6 +19,7 @@ mod pool;
 mod tests;
 
 use std::cell::RefCell;
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -42,6 +43,8 @@ use pool::Pool;
 /// Where requests go: the one thing in which inbound and outbound differ.
 pub(crate) trait Service: 'static {
     type Io: AsyncRead + AsyncWrite + Unpin + 'static;
+    /// A server that may take a request.
+    type Place;
     /// What one request remembers; dropped when it is over.
     type Ticket: Record;
 
@@ -50,23 +53,32 @@ pub(crate) trait Service: 'static {
     ///
     /// # Errors
     /// The response to give instead.
-    async fn pick(&self, request: &mut Parts) -> Result<Picked<Self::Ticket>, Refusal>;
+    async fn pick(&self, request: &mut Parts) -> Result<Picked<Self::Place>, Refusal>;
 
-    /// Connects to the server that `pick` chose, for this client connection alone.
+    /// Connects to the place, for this client connection alone.
     ///
     /// # Errors
-    /// The response to give instead.
-    async fn connect(&self, ticket: &Self::Ticket) -> Result<Self::Io, Refusal>;
+    /// The response to give if no other place can be found.
+    async fn connect(&self, place: &Self::Place) -> Result<Self::Io, Refusal>;
+
+    /// The place could not be reached. Returns whether to pick again.
+    fn unreachable(&self, place: Self::Place) -> bool;
+
+    /// Resolves when the request, though under way, may go on no longer.
+    fn revoked(&self, place: &Self::Place, request: &Parts) -> impl Future<Output = Refusal> + 'static;
+
+    /// The request is about to be sent.
+    fn begin(&self, place: Self::Place, request: &Parts) -> Self::Ticket;
 
     /// The proxy answers in the server's place. Returns whether the client may be told why (`l5d-proxy-error`).
     fn refused(&self, refusal: Refusal) -> bool;
 }
 
 /// A chosen server.
-pub(crate) struct Picked<Ticket> {
+pub(crate) struct Picked<Place> {
     /// Requests with the same key share a connection.
     pub(crate) key: SocketAddr,
-    pub(crate) ticket: Ticket,
+    pub(crate) place: Place,
     /// Its server is not one of the mesh's proxies: reserved headers in the response are its own invention.
     pub(crate) strip_response: bool,
 }

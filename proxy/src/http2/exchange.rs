@@ -8,7 +8,7 @@ use std::pin::{Pin, pin};
 use std::task::Poll;
 
 use bytes::Bytes;
-use h2::client::ResponseFuture;
+use h2::client::{ResponseFuture, SendRequest};
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::request::Parts;
@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::head::{clean, grpc_status, is_grpc, strip_reserved};
 use super::pool::sender;
-use super::{Record, Refusal, Service, Serving};
+use super::{Picked, Record, Refusal, Service, Serving};
 
 /// Sends a request to the server that the service picks and its response to the client.
 ///
@@ -29,29 +29,19 @@ pub(super) async fn run<S: Service>(
     body: RecvStream,
     mut respond: SendResponse<Bytes>,
 ) -> Result<(), (Refusal, SendResponse<Bytes>)> {
-    let picked = tokio::select! {
-        picked = serving.service.pick(&mut parts) => picked,
+    let placed = tokio::select! {
+        placed = place(serving, &mut parts) => placed,
         _ = gone(&mut respond) => return Ok(()),
     };
-    let picked = match picked {
-        Ok(picked) => picked,
+    let (Picked { place, strip_response, .. }, mut send) = match placed {
+        Ok(placed) => placed,
         Err(refusal) => return Err((refusal, respond)),
-    };
-    let mut ticket = picked.ticket;
-    let ready = tokio::select! {
-        ready = sender(serving, picked.key, &ticket) => ready,
-        _ = gone(&mut respond) => return Ok(()),
-    };
-    let mut send = match ready {
-        Ok(send) => send,
-        Err(refusal) => {
-            ticket.end(true);
-            return Err((refusal, respond));
-        }
     };
     if parts.uri.authority().is_none() {
         parts.version = Version::HTTP_11; // how `h2` is told that the target has a path alone
     }
+    let revoked = serving.service.revoked(&place, &parts);
+    let mut ticket = serving.service.begin(place, &parts);
     let sent = Instant::now();
     let (response, upstream) = match send.send_request(Request::from_parts(parts, ()), body.is_end_stream()) {
         Ok(sent) => sent,
@@ -63,30 +53,64 @@ pub(super) async fn run<S: Service>(
     };
     drop(send);
     // Both directions at once: a server may answer before it has read, a client may speak after it has heard.
+    let mut answered = false;
     let outcome = {
-        let mut upload = pin!(upload(body, upstream));
-        let mut download = pin!(download(response, &mut respond, &mut ticket, picked.strip_response, sent));
-        let mut uploading = true;
-        let outcome = loop {
-            tokio::select! {
-                outcome = &mut download => break outcome,
-                () = &mut upload, if uploading => uploading = false,
-            }
-        };
-        if outcome.is_ok() && uploading {
-            upload.await; // else what is left of the request is dropped, which resets it at the server
+        let upload = upload(body, upstream);
+        let download = download(response, &mut respond, &mut ticket, &mut answered, strip_response, sent);
+        tokio::select! {
+            outcome = both(upload, download) => outcome,
+            refusal = revoked => Err(Failed::Revoked(refusal)),
         }
-        outcome
     };
     ticket.end(outcome.is_err());
     match outcome {
-        Ok(()) | Err(Failed::ReceiverGone | Failed::Passed) => Ok(()),
-        Err(Failed::Reset(reason)) => {
-            respond.send_reset(reason);
-            Ok(())
-        }
-        Err(Failed::ServerGone) => Err((NO_RESPONSE, respond)),
+        Ok(()) | Err(Failed::ReceiverGone | Failed::Passed) => {}
+        Err(Failed::Reset(reason)) => respond.send_reset(reason),
+        Err(Failed::ServerGone) => return Err((NO_RESPONSE, respond)),
+        Err(Failed::Revoked(refusal)) if !answered => return Err((refusal, respond)),
+        Err(Failed::Revoked(_)) => respond.send_reset(Reason::CANCEL),
     }
+    Ok(())
+}
+
+/// A place and leave to send there; other places are tried while connecting fails.
+async fn place<S: Service>(
+    serving: &Serving<S>,
+    parts: &mut Parts,
+) -> Result<(Picked<S::Place>, SendRequest<Bytes>), Refusal> {
+    let mut attempt = 1;
+    loop {
+        let picked = serving.service.pick(parts).await?;
+        match sender(serving, picked.key, &picked.place).await {
+            Ok(send) => return Ok((picked, send)),
+            Err(refusal) => {
+                let again = serving.service.unreachable(picked.place);
+                if !again || attempt == ATTEMPTS {
+                    return Err(refusal);
+                }
+            }
+        }
+        attempt += 1;
+    }
+}
+
+/// Both directions to their ends; a failed download drops what is left of the upload, which resets it at the server.
+async fn both(
+    upload: impl Future<Output = ()>,
+    download: impl Future<Output = Result<(), Failed>>,
+) -> Result<(), Failed> {
+    let (mut upload, mut download) = (pin!(upload), pin!(download));
+    let mut uploading = true;
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut download => break outcome,
+            () = &mut upload, if uploading => uploading = false,
+        }
+    };
+    if outcome.is_ok() && uploading {
+        upload.await;
+    }
+    outcome
 }
 
 /// Why a response did not arrive whole.
@@ -95,6 +119,8 @@ enum Failed {
     Reset(Reason),
     /// The connection to the server ended before it answered.
     ServerGone,
+    /// Policy or trust changed: the request may not go on.
+    Revoked(Refusal),
     /// Whom the bytes are for wants no more of them.
     ReceiverGone,
     /// The bytes broke off, and their receiver was told by a reset.
@@ -106,6 +132,7 @@ async fn download(
     response: ResponseFuture,
     respond: &mut SendResponse<Bytes>,
     ticket: &mut impl Record,
+    answered: &mut bool,
     strip: bool,
     sent: Instant,
 ) -> Result<(), Failed> {
@@ -121,6 +148,7 @@ async fn download(
     let grpc = is_grpc(&head.headers);
     let in_head = grpc_status(&head.headers);
     let over = body.is_end_stream();
+    *answered = true;
     let client = respond.send_response(Response::from_parts(head, ()), over).map_err(|_| Failed::ReceiverGone)?;
     let in_trailers = match over {
         true => None,
@@ -252,5 +280,7 @@ async fn gone(respond: &mut SendResponse<Bytes>) {
     let _ = poll_fn(|cx| respond.poll_reset(cx)).await;
 }
 
+/// Servers tried for one request.
+const ATTEMPTS: usize = 3;
 const BAD_REQUEST: Refusal = Refusal { status: 400, reason: "malformed" };
 const NO_RESPONSE: Refusal = Refusal { status: 502, reason: "server_closed" };

@@ -27,11 +27,11 @@ type Slot = Rc<OnceCell<SendRequest<Bytes>>>;
 pub(super) async fn sender<S: Service>(
     serving: &Serving<S>,
     key: SocketAddr,
-    ticket: &S::Ticket,
+    place: &S::Place,
 ) -> Result<SendRequest<Bytes>, Refusal> {
     for _ in 0..ATTEMPTS {
         let slot = serving.pool.borrow_mut().0.entry(key).or_default().clone();
-        let send = match slot.get_or_try_init(|| connect(serving, ticket)).await {
+        let send = match slot.get_or_try_init(|| connect(serving, place)).await {
             Ok(send) => send.clone(),
             Err(refusal) => {
                 forget(&serving.pool, key, &slot);
@@ -47,8 +47,8 @@ pub(super) async fn sender<S: Service>(
     Err(CLOSED)
 }
 
-async fn connect<S: Service>(serving: &Serving<S>, ticket: &S::Ticket) -> Result<SendRequest<Bytes>, Refusal> {
-    let io = serving.service.connect(ticket).await?;
+async fn connect<S: Service>(serving: &Serving<S>, place: &S::Place) -> Result<SendRequest<Bytes>, Refusal> {
+    let io = serving.service.connect(place).await?;
     let mut builder = client::Builder::new();
     builder
         .initial_window_size(STREAM_WINDOW)

@@ -19,6 +19,9 @@ struct Book {
     ends: RefCell<Vec<(u16, Option<u8>, u64, bool)>>,
     refused: RefCell<Vec<Refusal>>,
     connected: Cell<usize>,
+    unreachable: Cell<usize>,
+    /// Told, every request under way is revoked.
+    revoke: Notify,
     ended: Notify,
     /// Why clients gave up requests that the application never answers.
     given_up: RefCell<Vec<Reason>>,
@@ -27,7 +30,6 @@ struct Book {
 
 struct Ticket {
     book: Rc<Book>,
-    to: SocketAddr,
     seen: (u16, Option<u8>, u64, bool),
 }
 
@@ -54,31 +56,51 @@ impl Drop for Ticket {
     }
 }
 
+const DENIED: Refusal = Refusal { status: 403, reason: "unauthorized" };
+
 /// Requests go to the servers in turn; `/denied` is refused.
 struct Turns {
-    servers: Vec<SocketAddr>,
+    servers: RefCell<Vec<SocketAddr>>,
     next: Cell<usize>,
     book: Rc<Book>,
 }
 
 impl Service for Turns {
     type Io = TcpStream;
+    type Place = SocketAddr;
     type Ticket = Ticket;
 
-    async fn pick(&self, request: &mut Parts) -> Result<Picked<Ticket>, Refusal> {
+    async fn pick(&self, request: &mut Parts) -> Result<Picked<SocketAddr>, Refusal> {
         if request.uri.path() == "/denied" {
-            return Err(Refusal { status: 403, reason: "unauthorized" });
+            return Err(DENIED);
         }
         request.headers.insert("l5d-client-id", "web.shop".parse().unwrap());
-        let to = self.servers[self.next.replace(self.next.get() + 1) % self.servers.len()];
-        let ticket = Ticket { book: self.book.clone(), to, seen: (0, None, 0, true) };
-        Ok(Picked { key: to, ticket, strip_response: true })
+        let servers = self.servers.borrow();
+        let to = servers[self.next.replace(self.next.get() + 1) % servers.len()];
+        Ok(Picked { key: to, place: to, strip_response: true })
     }
 
-    async fn connect(&self, ticket: &Ticket) -> Result<TcpStream, Refusal> {
+    async fn connect(&self, place: &SocketAddr) -> Result<TcpStream, Refusal> {
         self.book.connected.set(self.book.connected.get() + 1);
         let refused = Refusal { status: 504, reason: "connect_failed" };
-        TcpStream::connect(ticket.to).await.map_err(|_| refused)
+        TcpStream::connect(place).await.map_err(|_| refused)
+    }
+
+    fn unreachable(&self, _: SocketAddr) -> bool {
+        self.book.unreachable.set(self.book.unreachable.get() + 1);
+        true
+    }
+
+    fn begin(&self, _: SocketAddr, _: &Parts) -> Ticket {
+        Ticket { book: self.book.clone(), seen: (0, None, 0, true) }
+    }
+
+    fn revoked(&self, _: &SocketAddr, _: &Parts) -> impl Future<Output = Refusal> + 'static {
+        let book = self.book.clone();
+        async move {
+            book.revoke.notified().await;
+            DENIED
+        }
     }
 
     fn refused(&self, refusal: Refusal) -> bool {
@@ -152,6 +174,7 @@ async fn send_all(stream: &mut h2::SendStream<Bytes>, mut bytes: Bytes) {
 struct Stage {
     send: SendRequest<Bytes>,
     book: Rc<Book>,
+    service: Rc<Turns>,
     shutdown: drain::Shutdown,
     /// How serving ended, once it has.
     end: Rc<RefCell<Option<End>>>,
@@ -168,8 +191,9 @@ fn play<F: Future<Output = ()>>(servers: usize, act: impl FnOnce(Stage) -> F) {
             addrs.push(listener.local_addr().unwrap());
             spawn_local(application(listener, book.clone()));
         }
-        let service = Rc::new(Turns { servers: addrs, next: Cell::new(0), book: book.clone() });
+        let service = Rc::new(Turns { servers: RefCell::new(addrs), next: Cell::new(0), book: book.clone() });
         let (shutdown, mut drain) = drain::channel();
+        let kept = service.clone();
         let (end, over) = (Rc::new(RefCell::new(None)), Rc::new(Notify::new()));
         let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = proxy.local_addr().unwrap();
@@ -181,7 +205,7 @@ fn play<F: Future<Output = ()>>(servers: usize, act: impl FnOnce(Stage) -> F) {
         });
         let (send, connection) = client::handshake(TcpStream::connect(addr).await.unwrap()).await.unwrap();
         spawn_local(connection);
-        let acted = act(Stage { send, book, shutdown, end, over });
+        let acted = act(Stage { send, book, service: kept, shutdown, end, over });
         tokio::time::timeout(Duration::from_secs(20), acted).await.expect("the play hangs");
     });
 }
@@ -353,7 +377,7 @@ fn refusals_speak_the_clients_language() {
         let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         drop(stage);
         let book = Rc::new(Book::default());
-        let service = Rc::new(Turns { servers: vec![closed], next: Cell::new(0), book: book.clone() });
+        let service = Rc::new(Turns { servers: RefCell::new(vec![closed]), next: Cell::new(0), book: book.clone() });
         let (near, far) = tokio::io::duplex(64 << 10);
         let (_keep, mut drain) = drain::channel();
         spawn_local(async move { serve(far, BytesMut::new(), service, &mut drain).await });
@@ -362,7 +386,33 @@ fn refusals_speak_the_clients_language() {
         let mut send = send.ready().await.unwrap();
         let response = send.send_request(get("/x").body(()).unwrap(), true).unwrap().0.await.unwrap();
         assert_eq!(response.status(), 504);
-        assert_eq!(*book.ends.borrow(), [(0, None, 0, true)]);
+        assert_eq!((book.unreachable.get(), book.ends.borrow().len()), (3, 0), "three tries, nothing sent");
+    });
+}
+
+#[test]
+fn a_server_that_is_down_is_passed_over() {
+    play(1, |stage| async move {
+        let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        stage.service.servers.borrow_mut().insert(0, closed);
+        for _ in 0..4 {
+            assert_eq!(stage.get("/headers").await.unwrap().status(), 200);
+        }
+        assert!(stage.book.unreachable.get() > 0);
+    });
+}
+
+#[test]
+fn a_revoked_request_ends_answered_or_not() {
+    play(1, |stage| async move {
+        let (response, _stream) = stage.start(get("/never").method(Method::POST), false).await;
+        let (open, mut stream) = stage.start(get("/echo").method(Method::POST), false).await;
+        let mut open = open.await.unwrap();
+        stage.book.revoke.notify_waiters();
+        assert_eq!(response.await.unwrap().status(), 403);
+        assert_eq!(open.body_mut().data().await.unwrap().unwrap_err().reason(), Some(Reason::CANCEL));
+        assert!(std::future::poll_fn(|cx| stream.poll_reset(cx)).await.is_ok());
+        assert!(stage.ends(2).await.iter().all(|end| end.3));
     });
 }
 
@@ -387,7 +437,7 @@ fn bytes_that_are_not_http2_end_the_connection() {
         drop(stage);
         let (mut near, far) = tokio::io::duplex(64 << 10);
         let book = Rc::new(Book::default());
-        let service = Rc::new(Turns { servers: vec![], next: Cell::new(0), book });
+        let service = Rc::new(Turns { servers: RefCell::default(), next: Cell::new(0), book });
         let (_keep, mut drain) = drain::channel();
         let seen = BytesMut::from(&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..]);
         let served = spawn_local(async move { serve(far, seen, service, &mut drain).await });
