@@ -123,6 +123,7 @@ fn data_thread(
         let outbound = Rc::new(Outbound::new(cx.clone()));
         let inbound = Rc::new(Inbound::new(cx.clone()));
         spawn_local(sweep(outbound.clone(), inbound.clone()));
+        spawn_local(cx.links.clone().follow(cx.control.credentials.clone()));
         let (thread, out) = (cx.clone(), outbound);
         spawn_local(async move {
             let serve = |io, peer| {

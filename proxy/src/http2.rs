@@ -37,6 +37,8 @@ use tokio::task::JoinSet;
 
 use crate::drain::Drain;
 pub(crate) use crate::http1::Refusal;
+use crate::link::LinkHandle;
+use crate::metrics::TlsLabel;
 use crate::tap::VisitHeaders;
 use pool::Pool;
 
@@ -59,7 +61,7 @@ pub(crate) trait Service: 'static {
     ///
     /// # Errors
     /// The response to give if no other place can be found.
-    async fn connect(&self, place: &Self::Place) -> Result<Self::Io, Refusal>;
+    async fn connect(&self, place: &Self::Place) -> Result<Connected<Self::Io>, Refusal>;
 
     /// The place could not be reached. Returns whether to pick again.
     fn unreachable(&self, place: Self::Place) -> bool;
@@ -77,10 +79,19 @@ pub(crate) trait Service: 'static {
 /// A chosen server.
 pub(crate) struct Picked<Place> {
     /// Requests with the same key share a connection.
-    pub(crate) key: SocketAddr,
+    pub(crate) key: Key,
     pub(crate) place: Place,
     /// Its server is not one of the mesh's proxies: reserved headers in the response are its own invention.
     pub(crate) strip_response: bool,
+}
+
+/// An address and how it is secured: a server that joins the mesh is not reached by what was plaintext before.
+pub(crate) type Key = (SocketAddr, TlsLabel);
+
+/// A fresh connection; with the link that carries it, which may retire before the connection does.
+pub(crate) struct Connected<Io> {
+    pub(crate) io: Io,
+    pub(crate) link: Option<LinkHandle>,
 }
 
 /// What becomes metric and tap event. Dropped before `end`, the request counts as failed.

@@ -4,6 +4,7 @@
 //! application → relay, HTTP/1 or HTTP/2 → one record. Only the pod's own address is dialled, never one from the wire,
 //! and never without a `Permit`, which is asked for again when the policy changes.
 
+mod calls;
 mod requests;
 
 use std::cell::{Cell, RefCell};
@@ -34,14 +35,16 @@ use tracing::debug;
 use crate::app::Thread;
 use crate::discovery::PortPolicy;
 use crate::http1;
+use crate::http2;
 use crate::link::{self, LinkHint, MuxStream};
 use crate::metrics::{Direction, Layer, TlsLabel};
 use crate::pool::Pool;
-use crate::record::{self, Conn};
+use crate::record::{self, Conn, Counted};
 use crate::relay::{Ahead, Origin, read_more, relay};
 use crate::sniff::{Understood, understand};
 use crate::socket::{self, Dial};
 use crate::tls::{self, ALPN_MUX};
+use calls::Calls;
 use requests::{PortUse, Requests};
 
 /// The inbound side of one data thread.
@@ -126,29 +129,31 @@ impl Inbound {
         }
         let port = self.port(original)?;
         let policy = port.policy.clone().known().await?;
-        let mut client = Client::new(peer, TlsLabel::None(NoTls::NotProvidedByRemote), None);
+        let client = |tls| Rc::new(Client::new(peer, tls, None));
         if policy.protocol == Protocol::Opaque {
-            client.tls = TlsLabel::None(NoTls::PortSkipped);
+            let client = client(TlsLabel::None(NoTls::PortSkipped));
             return self.tcp(&mut io, &client, &port, BytesMut::new(), Understood::known(Detected::Opaque)).await;
         }
+        let stranger = client(TlsLabel::None(NoTls::NotProvidedByRemote));
         let mut seen = BytesMut::new();
-        let understood = self.understand(&mut io, &mut seen, &client, &port, &policy, HEAD_START).await?;
+        let understood = self.understand(&mut io, &mut seen, &stranger, &port, &policy, HEAD_START).await?;
         if understood.detected != Detected::Tls {
-            return self.understood(&mut io, &client, &port, seen, understood).await;
+            return self.understood(&mut io, &stranger, &port, seen, understood).await;
         }
         match self.client_hello(&mut io, &mut seen).await {
             ClientHello::Hello { sni } if sni.as_deref() == Some(&*self.cx.config.identity.local_name) => {
                 let credentials = self.cx.credentials().map_err(|_| Denied::IdentityRequired)?;
                 let mut tls = self.terminate(io, &seen, credentials.server_plain.clone()).await?;
-                let client = Client::proved_by(peer, &tls);
+                let client = Rc::new(Client::proved_by(peer, &tls));
                 let mut seen = BytesMut::new();
                 let understood = self.understand(&mut tls, &mut seen, &client, &port, &policy, HEAD_START).await?;
                 self.understood(&mut tls, &client, &port, seen, understood).await
             }
             hello => {
-                if let ClientHello::Hello { sni: Some(sni) } = hello {
-                    client.tls = TlsLabel::Passthru(sni.into());
-                }
+                let client = match hello {
+                    ClientHello::Hello { sni: Some(sni) } => client(TlsLabel::Passthru(sni.into())),
+                    ClientHello::Hello { sni: None } | ClientHello::NeedMore | ClientHello::NotTls => stranger,
+                };
                 self.tcp(&mut io, &client, &port, seen, Understood::known(Detected::Opaque)).await
             }
         }
@@ -184,7 +189,7 @@ impl Inbound {
     }
 
     /// A stream that a mesh peer opened; one that is not carried is reset with the reason.
-    async fn serve_stream(&self, mut io: MuxStream, client: &Client, addr: SocketAddr, hint: LinkHint) {
+    async fn serve_stream(self: &Rc<Self>, mut io: MuxStream, client: &Rc<Client>, addr: SocketAddr, hint: LinkHint) {
         let Err(why) = self.stream(&mut io, client, addr, hint).await else { return };
         self.cx.control.metrics.error(Direction::Inbound, Layer::Tcp, why.label());
         debug!(client = %client.addr, port = addr.port(), reason = why.label(), "inbound stream refused");
@@ -197,9 +202,9 @@ impl Inbound {
     /// The hint is the peer's word: it may spare detection, but never make HTTP opaque, or a peer could bring identity
     /// headers of its own past the parser.
     async fn stream(
-        &self,
+        self: &Rc<Self>,
         io: &mut MuxStream,
-        client: &Client,
+        client: &Rc<Client>,
         addr: SocketAddr,
         hint: LinkHint,
     ) -> Result<(), Refused> {
@@ -258,10 +263,10 @@ impl Inbound {
 
     /// Carries a connection whose protocol is known.
     async fn understood<C>(
-        &self,
+        self: &Rc<Self>,
         io: &mut C,
-        client: &Client,
-        port: &Port,
+        client: &Rc<Client>,
+        port: &Rc<Port>,
         seen: BytesMut,
         understood: Understood<Server>,
     ) -> Result<(), Refused>
@@ -275,9 +280,14 @@ impl Inbound {
                 debug!(client = %client.addr, port = port.addr.port(), ?end, "inbound HTTP/1 connection closed");
                 Ok(())
             }
-            Detected::Http2 | Detected::Opaque | Detected::Tls | Detected::NeedMore => {
-                self.tcp(io, client, port, seen, understood).await
+            Detected::Http2 => {
+                let calls = Calls::new(self, client, port);
+                let counted = Counted { io, conn: calls.src() };
+                let end = http2::serve(counted, seen, Rc::new(calls), &mut self.cx.drain.clone()).await;
+                debug!(client = %client.addr, port = port.addr.port(), ?end, "inbound HTTP/2 connection closed");
+                Ok(())
             }
+            Detected::Opaque | Detected::Tls | Detected::NeedMore => self.tcp(io, client, port, seen, understood).await,
         }
     }
 

@@ -35,11 +35,11 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::{TlsConnector, server};
 
 use crate::socket::{self, Dial};
-use crate::tls::{self, ALPN_MUX, Credentials};
+use crate::tls::{self, ALPN_MUX, Credentials, CredentialsWatch};
 use run::Link;
 
 pub(crate) use mantle_proxy_core::mux::Hinted as LinkHint;
-pub(crate) use stream::{MuxStream, StreamEnded};
+pub(crate) use stream::{LinkHandle, MuxStream, StreamEnded};
 
 /// The links that one thread has dialled.
 #[derive(Clone)]
@@ -93,6 +93,18 @@ impl Links {
             dialled.unwrap_or(Err(Unroutable::ConnectFailed))?;
         }
         Err(Unroutable::ConnectFailed)
+    }
+
+    /// Lets links go whose certificate was replaced, as soon as it is. Ends with the control side.
+    pub(crate) async fn follow(self, mut credentials: CredentialsWatch) {
+        while credentials.changed().await.is_ok() {
+            let Some(epoch) = credentials.borrow_and_update().as_ref().map(|credentials| credentials.epoch) else {
+                continue;
+            };
+            for link in self.0.peers.borrow().values().flat_map(|peer| &peer.links).filter(|link| link.epoch < epoch) {
+                link.go_away();
+            }
+        }
     }
 
     /// How many links are up, for tests and for status.

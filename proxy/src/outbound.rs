@@ -3,6 +3,7 @@
 //! accept → original destination → its meaning → first bytes (while the server side is prepared) → endpoint → stream →
 //! relay, HTTP/1 or HTTP/2 → one record. Each arm ends with a typed reason.
 
+mod calls;
 mod requests;
 
 use std::cell::RefCell;
@@ -26,13 +27,15 @@ use tracing::debug;
 use crate::app::Thread;
 use crate::destination::{Destination, Reach};
 use crate::http1;
+use crate::http2;
 use crate::link::LinkHint;
 use crate::metrics::{Direction, Layer, TlsLabel};
 use crate::pool::Pool;
-use crate::record::{self, Conn};
+use crate::record::{self, Conn, Counted};
 use crate::relay::{Ahead, Origin, relay};
 use crate::sniff::{Understood, understand};
 use crate::upstream::{self, Upstream};
+use calls::Calls;
 use requests::Requests;
 
 /// The outbound side of one data thread.
@@ -70,17 +73,17 @@ impl Outbound {
     }
 
     /// Serves one redirected connection until it ends.
-    pub(crate) async fn serve(&self, io: TcpStream, peer: SocketAddr) {
+    pub(crate) async fn serve(self: &Rc<Self>, io: TcpStream, peer: SocketAddr) {
         if let Err(why) = self.carry(io, peer).await {
             self.cx.control.metrics.error(Direction::Outbound, Layer::Tcp, why.label());
             debug!(client = %peer, reason = why.label(), "outbound connection refused");
         }
     }
 
-    async fn carry(&self, mut io: TcpStream, peer: SocketAddr) -> Result<(), Unroutable> {
+    async fn carry(self: &Rc<Self>, mut io: TcpStream, peer: SocketAddr) -> Result<(), Unroutable> {
         let original = self.original(&io)?;
         let dst = self.destination(original).await?;
-        let src = Conn::open(record::outbound_src(&self.cx.control.metrics, original));
+        let src = Rc::new(Conn::open(record::outbound_src(&self.cx.control.metrics, original)));
         let mut seen = BytesMut::new();
         let head_start = if dst.server_first.get() { Duration::ZERO } else { HEAD_START };
         let limit = self.cx.config.outbound_detect_timeout;
@@ -98,7 +101,14 @@ impl Outbound {
                 debug!(client = %peer, dst = %dst.original, ?end, "outbound HTTP/1 connection closed");
                 Ok(())
             }
-            Detected::Http2 | Detected::Opaque | Detected::Tls | Detected::NeedMore => {
+            Detected::Http2 => {
+                let calls = Rc::new(Calls { out: self.clone(), dst: dst.clone(), client: peer });
+                let client = Counted { io: &mut io, conn: Some(src) };
+                let end = http2::serve(client, seen, calls, &mut self.cx.drain.clone()).await;
+                debug!(client = %peer, dst = %dst.original, ?end, "outbound HTTP/2 connection closed");
+                Ok(())
+            }
+            Detected::Opaque | Detected::Tls | Detected::NeedMore => {
                 self.tcp(&mut io, peer, &src, seen, &dst, understood).await
             }
         }

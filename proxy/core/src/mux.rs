@@ -9,7 +9,7 @@
 //! 1 OPEN      TLV <= 1 KiB (`Open`). Flag REMEMBER 0x1: the receiver appends it to the link's table (<= 256 entries)
 //! 2 DATA      flags FIN 0x1 (this direction ends), OPEN 0x2 (a u16 table index precedes the data: it opens the stream)
 //! 3 WINDOW    length = credit in KiB; stream 0 = the link as a whole
-//! 4 RST       length = reason      5 PING  8 bytes, flag ACK 0x1      6 GOAWAY  stream id = last one accepted
+//! 4 RST       length = reason      5 PING  8 bytes, flag ACK 0x1      6 GOAWAY  stream id = last one served
 //! ```
 //!
 //! Rules. SETTINGS come first: until the acceptor's are here, the dialling side sends nothing else. Only it opens streams; ids strictly increase and are never reused. The receiver of an OPEN

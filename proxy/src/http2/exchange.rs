@@ -81,7 +81,7 @@ async fn place<S: Service>(
     let mut attempt = 1;
     loop {
         let picked = serving.service.pick(parts).await?;
-        match sender(serving, picked.key, &picked.place).await {
+        match sender(serving, &picked.key, &picked.place).await {
             Ok(send) => return Ok((picked, send)),
             Err(refusal) => {
                 let again = serving.service.unreachable(picked.place);

@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -12,13 +11,29 @@ use tokio::sync::OnceCell;
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 
-use super::{CONNECTION_WINDOW, MAX_HEADERS, Refusal, SEND_BUFFER, STREAM_WINDOW, Service, Serving};
+use crate::link::LinkHandle;
+
+use super::{CONNECTION_WINDOW, Connected, Key, MAX_HEADERS, Refusal, SEND_BUFFER, STREAM_WINDOW, Service, Serving};
 
 #[derive(Default)]
-pub(super) struct Pool(HashMap<SocketAddr, Slot>);
+pub(super) struct Pool(HashMap<Key, Slot>);
+
+impl Pool {
+    fn slot(&mut self, key: &Key) -> Slot {
+        if let Some(slot) = self.0.get(key) {
+            return slot.clone();
+        }
+        self.0.entry(key.clone()).or_default().clone()
+    }
+}
 
 /// A connection, or the making of one: those who come meanwhile wait for it.
-type Slot = Rc<OnceCell<SendRequest<Bytes>>>;
+type Slot = Rc<OnceCell<Pooled>>;
+
+struct Pooled {
+    send: SendRequest<Bytes>,
+    link: Option<LinkHandle>,
+}
 
 /// Leave to send one request to the server at `key`, on a connection that has room for it.
 ///
@@ -26,18 +41,23 @@ type Slot = Rc<OnceCell<SendRequest<Bytes>>>;
 /// The refusal to give: the server cannot be reached, or its connections close as soon as they are made.
 pub(super) async fn sender<S: Service>(
     serving: &Serving<S>,
-    key: SocketAddr,
+    key: &Key,
     place: &S::Place,
 ) -> Result<SendRequest<Bytes>, Refusal> {
     for _ in 0..ATTEMPTS {
-        let slot = serving.pool.borrow_mut().0.entry(key).or_default().clone();
-        let send = match slot.get_or_try_init(|| connect(serving, place)).await {
-            Ok(send) => send.clone(),
+        let slot = serving.pool.borrow_mut().slot(key);
+        let pooled = match slot.get_or_try_init(|| connect(serving, place)).await {
+            Ok(pooled) => pooled,
             Err(refusal) => {
                 forget(&serving.pool, key, &slot);
                 return Err(refusal);
             }
         };
+        if pooled.link.as_ref().is_some_and(LinkHandle::is_leaving) {
+            forget(&serving.pool, key, &slot); // its requests go on; new ones move to a new link
+            continue;
+        }
+        let send = pooled.send.clone();
         match send.ready().await {
             Ok(send) => return Ok(send),
             // It was closed while idle, or said goodbye: nothing was sent, so another may be asked.
@@ -47,8 +67,8 @@ pub(super) async fn sender<S: Service>(
     Err(CLOSED)
 }
 
-async fn connect<S: Service>(serving: &Serving<S>, place: &S::Place) -> Result<SendRequest<Bytes>, Refusal> {
-    let io = serving.service.connect(place).await?;
+async fn connect<S: Service>(serving: &Serving<S>, place: &S::Place) -> Result<Pooled, Refusal> {
+    let Connected { io, link } = serving.service.connect(place).await?;
     let mut builder = client::Builder::new();
     builder
         .initial_window_size(STREAM_WINDOW)
@@ -64,14 +84,14 @@ async fn connect<S: Service>(serving: &Serving<S>, place: &S::Place) -> Result<S
             tracing::debug!(%error, "HTTP/2 connection to a server ended");
         }
     });
-    Ok(send)
+    Ok(Pooled { send, link })
 }
 
 /// Lets go of a connection, unless another has taken its place.
-fn forget(pool: &RefCell<Pool>, key: SocketAddr, slot: &Slot) {
+fn forget(pool: &RefCell<Pool>, key: &Key, slot: &Slot) {
     let mut pool = pool.borrow_mut();
-    if pool.0.get(&key).is_some_and(|current| Rc::ptr_eq(current, slot)) {
-        pool.0.remove(&key);
+    if pool.0.get(key).is_some_and(|current| Rc::ptr_eq(current, slot)) {
+        pool.0.remove(key);
     }
 }
 

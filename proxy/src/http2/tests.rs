@@ -6,6 +6,7 @@ use std::future::Future;
 use h2::client::{self, SendRequest};
 use h2::{Reason, server};
 use http::{HeaderMap, Method, Response};
+use mantle_proxy_core::reasons::NoTls;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::{LocalSet, spawn_local};
@@ -77,13 +78,14 @@ impl Service for Turns {
         request.headers.insert("l5d-client-id", "web.shop".parse().unwrap());
         let servers = self.servers.borrow();
         let to = servers[self.next.replace(self.next.get() + 1) % servers.len()];
-        Ok(Picked { key: to, place: to, strip_response: true })
+        Ok(Picked { key: (to, TlsLabel::None(NoTls::Loopback)), place: to, strip_response: true })
     }
 
-    async fn connect(&self, place: &SocketAddr) -> Result<TcpStream, Refusal> {
+    async fn connect(&self, place: &SocketAddr) -> Result<Connected<TcpStream>, Refusal> {
         self.book.connected.set(self.book.connected.get() + 1);
         let refused = Refusal { status: 504, reason: "connect_failed" };
-        TcpStream::connect(place).await.map_err(|_| refused)
+        let io = TcpStream::connect(place).await.map_err(|_| refused)?;
+        Ok(Connected { io, link: None })
     }
 
     fn unreachable(&self, _: SocketAddr) -> bool {

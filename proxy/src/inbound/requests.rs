@@ -28,40 +28,35 @@ pub(super) struct Requests<'a> {
 
 /// What one client connection keeps while it uses a port over HTTP: counted as one connection, with resolved handles.
 pub(super) struct PortUse {
-    src: Option<Conn>,
+    pub(super) src: Option<Rc<Conn>>,
     _edge: EdgeGuard,
     /// By permit; the few routes and authorizations that one client meets.
     handles: RefCell<Vec<(Permit, Rc<Handles>)>>,
 }
 
-struct Handles {
-    http: Arc<Http>,
-    allowed: Arc<Counter>,
+pub(super) struct Handles {
+    pub(super) http: Arc<Http>,
+    pub(super) allowed: Arc<Counter>,
 }
 
-impl<'a> Requests<'a> {
-    pub(super) fn new(inbound: &'a Inbound, client: &'a Client, port: &'a Port) -> Self {
+impl PortUse {
+    /// What `client` keeps of `port`: made at its first request there.
+    pub(super) fn of(inbound: &Inbound, client: &Client, port: &Port) -> Rc<Self> {
         let mut uses = client.http.borrow_mut();
         let used = uses.entry(port.addr).or_insert_with(|| {
             let control = &inbound.cx.control;
-            let src = port
-                .policy
-                .now()
-                .map(|policy| Conn::open(record::inbound_src(&control.metrics, port.addr, &client.tls, &policy)));
+            let src = port.policy.now().map(|policy| {
+                Rc::new(Conn::open(record::inbound_src(&control.metrics, port.addr, &client.tls, &policy)))
+            });
             let edge = control.edges.opened(client.addr.ip(), port.addr.port(), &client.tls);
-            Rc::new(PortUse { src, _edge: edge, handles: RefCell::default() })
+            Rc::new(Self { src, _edge: edge, handles: RefCell::default() })
         });
-        Self { inbound, client, port, used: used.clone() }
+        used.clone()
     }
 
-    /// May this client make this request? Asked for each, of the policy in force.
-    fn permit(&self, request: &Request<'_>) -> Result<Permit, Denied> {
-        let policy = self.port.policy.now().ok_or(Denied::PolicyUnavailable)?;
-        policy::authorize_request(&policy, self.client.addr.ip(), self.client.proved(), request.method, request.path)
-    }
-
-    fn handles(&self, permit: &Permit) -> Rc<Handles> {
-        let mut known = self.used.handles.borrow_mut();
+    /// The counters of requests that `permit` admits.
+    pub(super) fn handles(&self, inbound: &Inbound, client: &Client, port: &Port, permit: &Permit) -> Rc<Handles> {
+        let mut known = self.handles.borrow_mut();
         let same = |other: &Permit| {
             Arc::ptr_eq(other.policy(), permit.policy())
                 && other.route() == permit.route()
@@ -70,13 +65,53 @@ impl<'a> Requests<'a> {
         if let Some((_, handles)) = known.iter().find(|(other, _)| same(other)) {
             return handles.clone();
         }
-        let metrics = &self.inbound.cx.control.metrics;
-        let labels = record::inbound_request(self.port.addr, &self.client.tls, permit);
+        let metrics = &inbound.cx.control.metrics;
+        let labels = record::inbound_request(port.addr, &client.tls, permit);
         let allowed = metrics.authz(Verdict::HttpAllowed, &labels);
         let handles = Rc::new(Handles { http: metrics.http(&labels), allowed });
         known.retain(|(other, _)| Arc::ptr_eq(other.policy(), permit.policy())); // a new policy replaces the old one's
         known.push((permit.clone(), handles.clone()));
         handles
+    }
+}
+
+/// May this client make this request? Asked for each, of the policy in force.
+///
+/// # Errors
+/// The response to give instead; the refusal is counted.
+pub(super) fn permit(
+    inbound: &Inbound,
+    client: &Client,
+    port: &Port,
+    method: &str,
+    path: &str,
+) -> Result<Permit, Refusal> {
+    let judged = match port.policy.now() {
+        Some(policy) => policy::authorize_request(&policy, client.addr.ip(), client.proved(), method, path),
+        None => Err(Denied::PolicyUnavailable),
+    };
+    judged.map_err(|why| {
+        let labels: Labels = record::labels(Direction::Inbound, port.addr, client.tls.clone());
+        inbound.cx.control.metrics.authz(Verdict::HttpDenied, &labels).add(1);
+        refusal(Refused::Policy(why))
+    })
+}
+
+/// What `l5d-client-id` says of the client; `None`: nothing was proved.
+pub(super) fn client_id(client: &Client) -> Option<&str> {
+    let id = client.id.as_ref()?;
+    Some(if id.dns.is_empty() { id.spiffe.as_deref().unwrap_or_default() } else { &id.dns })
+}
+
+/// What `mantle-client-addr` says of the client on the ports that ask for it.
+pub(super) fn client_addr(inbound: &Inbound, client: &Client, port: &Port) -> Option<String> {
+    let asked = inbound.cx.config.client_addr_ports.contains(port.addr.port());
+    asked.then(|| client.addr.ip().to_string())
+}
+
+impl<'a> Requests<'a> {
+    pub(super) fn new(inbound: &'a Inbound, client: &'a Client, port: &'a Port) -> Self {
+        Self { inbound, client, port, used: PortUse::of(inbound, client, port) }
     }
 
     fn tap(&self, request: &Request<'_>) -> Option<TapStream> {
@@ -102,17 +137,13 @@ impl<'a> Requests<'a> {
     /// The head as the application gets it: with who the client is, as far as it was proved here.
     fn head(&self, request: &Request<'_>) -> Vec<u8> {
         let mut head = Vec::with_capacity(request.head_len() + ADDED);
-        let address;
+        let address = client_addr(self.inbound, self.client, self.port);
+        let id = client_id(self.client).map(|id| ("l5d-client-id", id));
+        let address = address.as_deref().map(|address| ("mantle-client-addr", address));
         let mut add: [(&str, &str); 2] = [("", ""); 2];
         let mut n = 0;
-        if let Some(id) = &self.client.id {
-            let name = if id.dns.is_empty() { id.spiffe.as_deref().unwrap_or_default() } else { &id.dns };
-            add[n] = ("l5d-client-id", name);
-            n += 1;
-        }
-        if self.inbound.cx.config.client_addr_ports.contains(self.port.addr.port()) {
-            address = self.client.addr.ip().to_string();
-            add[n] = ("mantle-client-addr", &address);
+        for line in [id, address].into_iter().flatten() {
+            add[n] = line;
             n += 1;
         }
         request.forward(&mut head, &Edit { strip_reserved: true, connection: Connection::Default, add: &add[..n] });
@@ -125,12 +156,8 @@ impl Service for Requests<'_> {
     type Ticket = Conn;
 
     async fn open(&self, request: &Request<'_>) -> Result<http1::Opened<TcpStream, Conn>, Refusal> {
-        let permit = self.permit(request).map_err(|why| {
-            let labels: Labels = record::labels(Direction::Inbound, self.port.addr, self.client.tls.clone());
-            self.inbound.cx.control.metrics.authz(Verdict::HttpDenied, &labels).add(1);
-            refusal(Refused::Policy(why))
-        })?;
-        let handles = self.handles(&permit);
+        let permit = permit(self.inbound, self.client, self.port, request.method, request.path)?;
+        let handles = self.used.handles(self.inbound, self.client, self.port, &permit);
         handles.allowed.add(1);
         let record = record::Request::begin(handles.http.clone(), self.tap(request));
         let head = self.head(request);
@@ -163,7 +190,7 @@ impl Service for Requests<'_> {
     }
 }
 
-fn refusal(why: Refused) -> Refusal {
+pub(super) fn refusal(why: Refused) -> Refusal {
     let status = match why {
         Refused::Policy(Denied::RouteNotFound) => 404,
         Refused::Policy(_) => 403,

@@ -79,6 +79,10 @@ impl Link {
         self.dirty();
     }
 
+    pub(super) fn is_leaving(&self) -> bool {
+        self.closed.get().is_some() || self.session.borrow().is_leaving()
+    }
+
     /// Waits until the peer takes streams.
     pub(super) async fn ready(&self) -> Result<(), LinkClosed> {
         loop {

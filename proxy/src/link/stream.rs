@@ -23,6 +23,17 @@ pub(crate) struct MuxStream {
     finished: bool,
 }
 
+/// The link of a stream that somebody else uses.
+#[derive(Clone)]
+pub(crate) struct LinkHandle(Rc<Link>);
+
+impl LinkHandle {
+    /// True when the link takes no new work: what lives long on it should move before its certificates end.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.0.is_leaving()
+    }
+}
+
 /// What the link's task tells the stream.
 #[derive(Default)]
 pub(super) struct Shared {
@@ -52,6 +63,10 @@ impl MuxStream {
     /// Who is at the other end of the link.
     pub(crate) fn peer(&self) -> &PeerId {
         &self.link.peer
+    }
+
+    pub(crate) fn link(&self) -> LinkHandle {
+        LinkHandle(self.link.clone())
     }
 
     /// Gives the stream up and says why.

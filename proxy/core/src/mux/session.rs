@@ -24,8 +24,8 @@ pub struct Session {
     /// The highest id that either side has used.
     pub(super) high: StreamId,
     pub(super) sender: Sender,
-    /// What we said goodbye with, and whether the peer did.
-    pub(super) last_accepted: Option<StreamId>,
+    /// Who said goodbye: we, the peer.
+    left: bool,
     peer_left: bool,
     /// Streams that the peer's GOAWAY left behind: reported one by one.
     orphans: Vec<StreamId>,
@@ -83,7 +83,7 @@ impl Session {
             streams: BTreeMap::new(),
             high: 0,
             sender: Sender::new(&limits),
-            last_accepted: None,
+            left: false,
             peer_left: false,
             orphans: Vec::new(),
             table: Vec::new(),
@@ -178,11 +178,13 @@ impl Session {
         }
     }
 
-    /// Says goodbye: no new streams; those that are open go on.
+    /// Says goodbye: the peer shall open no more, and close when its last stream is over.
+    ///
+    /// What it opened before it heard this is served like the rest, so that no request is lost.
     pub fn go_away(&mut self) {
-        if self.last_accepted.is_none() {
-            self.last_accepted = Some(self.high);
-            let id = if self.role == Role::Acceptor { self.high } else { 0 };
+        if !self.left {
+            self.left = true;
+            let id = if self.role == Role::Acceptor { LAST_ID } else { 0 };
             Header { kind: Type::GoAway, flags: 0, length: 0, id }.write(&mut self.sender.control);
         }
     }
@@ -207,7 +209,7 @@ impl Session {
 
     /// True once either side said goodbye.
     pub fn is_leaving(&self) -> bool {
-        self.peer_left || self.last_accepted.is_some()
+        self.peer_left || self.left
     }
 
     pub fn open_streams(&self) -> usize {
@@ -266,9 +268,6 @@ impl Session {
             return Err(LinkClosed::OpenRate);
         }
         self.high = id;
-        if self.last_accepted.is_some() {
-            return Ok(None); // crossed our GOAWAY: the peer knows that it was not looked at
-        }
         if self.streams.len() >= self.limits.max_streams as usize {
             return Err(LinkClosed::TooManyStreams);
         }

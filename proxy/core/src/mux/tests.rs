@@ -278,20 +278,26 @@ fn every_reset_reason_crosses_the_wire() {
 }
 
 #[test]
-fn goodbye_lets_open_streams_finish_and_refuses_later_ones() {
+fn goodbye_serves_what_crosses_it_and_stops_what_comes_later() {
     let mut pair = Pair::with(Limits::default());
     let kept = pair.open(80);
     pair.forth();
-    pair.back();
     pair.acceptor.go_away();
     let crossing = pair.open(80);
-    assert_eq!(pair.forth(), [], "not looked at");
-    assert_eq!(pair.back(), [Heard::GoAway, Heard::Reset(crossing, StreamReset::Refused)]);
+    assert_eq!(pair.forth(), [Heard::Open(crossing, 80, Hinted::Http1)]);
+    assert_eq!(pair.back(), [Heard::GoAway]);
     assert_eq!(pair.dialler.open(MS, open(80)), Err(NoStream::GoingAway));
+    assert!(pair.dialler.is_leaving() && !pair.dialler.has_room());
     pair.dialler.send(MS, kept, b"still");
     assert_eq!(pair.forth(), [Heard::Data(kept, b"still".into())]);
+    // A peer that ends at once says which streams it did not look at.
     let mut pair = Pair::with(Limits::default());
+    let (served, refused) = (pair.open(80), pair.open(80));
     pair.forth();
+    let heard = feed(&mut pair.dialler, MS, &frame(6, 0, 0, served, &[]), true).unwrap();
+    assert_eq!(heard, [Heard::GoAway, Heard::Reset(refused, StreamReset::Refused)]);
+    assert_eq!(pair.dialler.open_streams(), 1);
+    let mut pair = Pair::with(Limits::default());
     pair.dialler.go_away();
     assert_eq!(pair.forth(), [Heard::GoAway]);
     assert!(pair.acceptor.is_leaving());

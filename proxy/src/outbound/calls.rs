@@ -1,0 +1,122 @@
+//! Outbound HTTP/2 and gRPC: each request picks its own endpoint, and has a connection there with its client's others.
+
+use std::future::{Future, pending};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use http::request::Parts;
+use mantle_proxy_core::route::Plan;
+
+use super::requests::refusal;
+use super::{Outbound, Ticket};
+use crate::destination::Destination;
+use crate::http2::{Connected, Picked, Record, Refusal, Service};
+use crate::link::LinkHint;
+use crate::metrics::{Direction, Layer};
+use crate::record::{self, Conn, Counted};
+use crate::tap::{TapRequest, TapStream, VisitHeaders};
+use crate::upstream::{self, Upstream};
+
+/// The requests of one client connection.
+pub(super) struct Calls {
+    pub(super) out: Rc<Outbound>,
+    pub(super) dst: Rc<Destination>,
+    pub(super) client: SocketAddr,
+}
+
+/// One request under way.
+pub(super) struct Call {
+    record: record::Request,
+    ticket: Ticket,
+    dst: Rc<Destination>,
+}
+
+impl Service for Calls {
+    type Io = Counted<Upstream>;
+    type Place = Ticket;
+    type Ticket = Call;
+
+    async fn pick(&self, _: &mut Parts) -> Result<Picked<Ticket>, Refusal> {
+        let node = self.dst.pick(|| self.out.cx.random.next()).await.map_err(refusal)?;
+        let reach = self.dst.reach(&self.out.cx, &node).map_err(refusal)?;
+        node.start();
+        let place = Ticket { node, reach, answered: false };
+        let strip_response = matches!(place.reach.route.plan, Plan::Plain(_));
+        Ok(Picked { key: place.key(), place, strip_response })
+    }
+
+    async fn connect(&self, place: &Ticket) -> Result<Connected<Counted<Upstream>>, Refusal> {
+        let (endpoint, reach) = (&place.node.endpoint, &place.reach);
+        let io = upstream::open(&self.out.cx, endpoint, &reach.route, LinkHint::Http2).await.map_err(refusal)?;
+        let link = match &io {
+            Upstream::Mux(stream) => Some(stream.link()),
+            Upstream::Tls(_) | Upstream::Plain(_) => None,
+        };
+        let conn = Some(Rc::new(Conn::open(reach.transport.clone())));
+        Ok(Connected { io: Counted { io, conn }, link })
+    }
+
+    fn unreachable(&self, place: Ticket) -> bool {
+        place.failed(self.dst.now());
+        self.dst.endpoints() > 1
+    }
+
+    /// Who may be asked is the server's decision.
+    fn revoked(&self, _: &Ticket, _: &Parts) -> impl Future<Output = Refusal> + 'static {
+        pending()
+    }
+
+    fn begin(&self, place: Ticket, request: &Parts) -> Call {
+        let http = place.reach.http(&self.out.cx.control.metrics);
+        let tap = self.tap(request, &place);
+        Call { record: record::Request::begin(http, tap), ticket: place, dst: self.dst.clone() }
+    }
+
+    fn refused(&self, refusal: Refusal) -> bool {
+        self.out.cx.control.metrics.error(Direction::Outbound, Layer::Http, refusal.reason);
+        true
+    }
+}
+
+impl Calls {
+    fn tap(&self, request: &Parts, place: &Ticket) -> Option<TapStream> {
+        let taps = &self.out.cx.control.taps;
+        if !taps.active() {
+            return None;
+        }
+        let (dst, dst_labels) = (place.node.endpoint.addr, &place.node.endpoint.labels);
+        let (src, tls) = (self.client, &place.reach.route.tls);
+        taps.open(&TapRequest {
+            direction: Direction::Outbound,
+            src,
+            dst,
+            tls,
+            dst_labels,
+            method: request.method.as_str(),
+            scheme: request.uri.scheme_str().unwrap_or("http"),
+            authority: request.uri.authority().map_or("", |authority| authority.as_str()),
+            path: request.uri.path(),
+            headers: &|visit| request.headers.iter().for_each(|(name, value)| visit(name.as_str(), value.as_bytes())),
+        })
+    }
+}
+
+impl Record for Call {
+    fn response(&mut self, status: u16, headers: VisitHeaders<'_>, after: Duration) {
+        self.ticket.responded(self.dst.now(), after);
+        self.record.response(status, headers);
+    }
+
+    fn body(&mut self, bytes: u64) {
+        self.record.body(bytes);
+    }
+
+    fn grpc_status(&mut self, code: u8) {
+        self.record.grpc_status(code);
+    }
+
+    fn end(self, failed: bool) {
+        self.record.end(failed);
+    }
+}
