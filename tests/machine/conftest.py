@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from mantle.platform.machine import client
+from mantle.platform.machine import client, direct
 from mantle.platform.machine import namespaces as ns
 from mantle.platform.machine.mounts import View
 from mantle.platform.machine.netlink import Route
@@ -99,7 +99,7 @@ class Mesh:
     async def says(self, uid: str, line: str, container: str = "app") -> None:
         """Waits until the container has printed `line`."""
         while line not in self.log(uid, container):
-            assert client.read_status(self.dir(uid)) is not None
+            assert direct.read_status(self.dir(uid)) is not None
             await asyncio.sleep(0.01)
 
     async def ask(self, uid: str, code: str, container: str = "app") -> str:
@@ -114,7 +114,7 @@ class Mesh:
         async for last in self.pod(uid).watch():
             if wanted(last):
                 return last
-        last = client.read_status(self.dir(uid)) or last
+        last = direct.read_status(self.dir(uid)) or last
         assert last is not None and wanted(last), f"the pod ended as {last}"
         return last
 
@@ -153,7 +153,7 @@ class Host:
             said = (state / "node.log").read_text()
             assert not said, said
         finally:
-            client.kill_node(guard)
+            direct.kill_node(guard)
 
     def play(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mantle.platform.machine import client, outside, uplink, wire
+from mantle.platform.machine import client, direct, uplink, wire
 from mantle.platform.machine import namespaces as ns
 from mantle.platform.machine.netlink import Route
 from mantle.platform.machine.spec import ContainerSpec, NodeConfig, ServicePort
@@ -278,7 +278,7 @@ def test_the_way_out(root_host: Any, echo: ContainerSpec) -> None:
             with pytest.raises(OSError), socket.socket() as sock:
                 sock.settimeout(0.5)
                 sock.connect((A, 8080))
-            client.kill_node(one.guard)
+            direct.kill_node(one.guard)
             await two.node.shutdown()
             async with asyncio.timeout(5):
                 while tables() or any(name.startswith("mantle") for _, name in socket.if_nameindex()):
@@ -376,7 +376,7 @@ def test_the_way_out_without_root(
                 while await mesh.ask("a", "print(tcp('198.51.100.2', 80))") != "from 198.51.100.1":
                     await asyncio.sleep(0.05)
             assert len(processes()) > len(before) + 2
-            client.kill_node(mesh.guard)
+            direct.kill_node(mesh.guard)
             async with asyncio.timeout(5):
                 while processes() != before:
                     await asyncio.sleep(0.005)
@@ -394,8 +394,5 @@ def test_without_a_helper_there_is_no_way_out(user_host: Any, echo: ContainerSpe
             await mesh.start("a", A, echo)
             await mesh.says("a", "ready")
             assert await mesh.ask("a", "print(tcp('198.51.100.2', 80))") == f"OSError {errno.ENETUNREACH}"
-        (found,) = outside.findings()
-        assert (found.reason, found.fatal) == (ns.Blocked.NO_WAY_OUT, False)
-        assert "apt install passt" in found.fix
 
     user_host.play(scene, prepare=prepare)

@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 
-from mantle.platform.machine import client, wire
+from mantle.platform.machine import client, direct, wire
 from mantle.platform.machine.logs import Log, timestamp
 from mantle.platform.machine.spec import ContainerSpec, MountSpec, Phase, ProbeSpec, Restart, Role
-from mantle.platform.machine.terminal import exec_on_terminal
 
 pytestmark = [pytest.mark.root, pytest.mark.mesh]
 
@@ -153,7 +152,7 @@ def test_order_and_environment_of_a_whole_pod(host: Any) -> None:
             order = shared / "order"
             while order.read_text() != "init\nproxy\n":
                 await asyncio.sleep(0.01)
-            assert client.read_status(mesh.dir("a")).phase is Phase.PENDING
+            assert direct.read_status(mesh.dir("a")).phase is Phase.PENDING
             await pod.started("proxy")
             while not order.read_text().endswith("app\n"):
                 await asyncio.sleep(0.01)
@@ -185,7 +184,7 @@ def test_a_program_that_ignores_sigterm_is_killed(host: Any) -> None:
             started = time.monotonic()
             await mesh.node.stop_pod("a", 0.3)
             assert 0.3 <= time.monotonic() - started < 3
-            assert client.read_status(mesh.dir("a")).containers[0].exit_code == 137
+            assert direct.read_status(mesh.dir("a")).containers[0].exit_code == 137
 
     host.play(scene)
 
@@ -200,7 +199,7 @@ def test_sigterm_reaches_a_program_without_a_handler(host: Any) -> None:
             started = time.monotonic()
             await mesh.node.stop_pod("a")
             assert time.monotonic() - started < 2
-            assert client.read_status(mesh.dir("a")).containers[0].exit_code == 143
+            assert direct.read_status(mesh.dir("a")).containers[0].exit_code == 143
 
     host.play(scene)
 
@@ -379,16 +378,24 @@ def test_an_exec_ends_with_its_caller(host: Any, idle: ContainerSpec) -> None:
 
 
 def test_exec_on_a_terminal(host: Any, idle: ContainerSpec) -> None:
+    """The terminal is the command's controlling one: job control and Ctrl-C work."""
+
     async def scene() -> None:
         async with host.mesh() as mesh:
             await mesh.start("a", IP, idle)
             await mesh.says("a", "ready")
-            keys_r, keys_w = os.pipe()
-            out_r, out_w = os.pipe()
-            os.write(keys_w, b"tty >/dev/null && echo a terminal; echo $((6*7)); exit 5\n")
-            code = exec_on_terminal(mesh.dir("a"), "app", ["/bin/sh"], stdin=keys_r, stdout=out_w)
-            said = os.read(out_r, 10000).decode()
-            assert (code, "42\r\n" in said, "a terminal\r\n" in said) == (5, True, True), said
+            ours, theirs = os.openpty()
+            script = "tty >/dev/null && echo on a terminal; trap 'echo interrupted; exit 5' INT; echo go; while :; do sleep 0.02; done"
+            async with asyncio.TaskGroup() as group:
+                argv = ["/bin/sh", "-c", script]
+                code = group.create_task(mesh.pod("a").exec("app", argv, (theirs, theirs, theirs), tty=True))
+                said = b""
+                while b"go\r\n" not in said:
+                    said += await asyncio.to_thread(os.read, ours, 100)
+                os.write(ours, b"\x03")
+            said += os.read(ours, 1000)
+            assert code.result() == 5
+            assert (b"on a terminal" in said, b"interrupted" in said) == (True, True), said
 
     host.play(scene)
 
@@ -402,7 +409,7 @@ def test_signals_reach_a_command(host: Any, idle: ContainerSpec) -> None:
             command = os.fork()
             if command == 0:
                 script = "trap 'exit 9' INT; echo up; while :; do sleep 0.05; done"
-                os._exit(client.exec_in_pod(mesh.dir("a"), "app", ["/bin/sh", "-c", script], (0, writer, writer)))
+                os._exit(direct.exec_in_pod(mesh.dir("a"), "app", ["/bin/sh", "-c", script], (0, writer, writer)))
             assert os.read(reader, 3) == b"up\n"
             os.kill(command, signal.SIGINT)
             assert os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]) == 9
@@ -417,7 +424,7 @@ def test_dialling_into_a_pod(host: Any, echo: ContainerSpec) -> None:
             await mesh.says("a", "ready")
             sock = await pod.dial(8080)
             assert await asyncio.get_running_loop().sock_recv(sock, 100) == b"pod-a 127.0.0.1"
-            with client.dial(mesh.dir("a"), 8080) as blocking:
+            with direct.dial(mesh.dir("a"), 8080) as blocking:
                 assert blocking.recv(100) == b"pod-a 127.0.0.1"
             with pytest.raises(wire.Refused) as refused:
                 await pod.dial(81)
@@ -435,7 +442,7 @@ def test_status_is_pushed_and_kept(host: Any) -> None:
             pod = await mesh.start("a", IP, shell("app", "sleep 0.2; exit 4"), restart=Restart.NEVER)
             seen = [s async for s in pod.watch()]
             assert (seen[-1].phase, seen[-1].containers[0].exit_code) == (Phase.FAILED, 4)
-            assert client.read_status(mesh.dir("a")) == seen[-1]
+            assert direct.read_status(mesh.dir("a")) == seen[-1]
             with pytest.raises(OSError):  # no socket any more, or one that just closes
                 await pod.started("app")
             while (await mesh.node.pods())[0].alive:

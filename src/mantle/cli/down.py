@@ -80,7 +80,7 @@ def clean_up(directory: Path, ending: bool) -> None:
 
     Killing the node's guard takes every pod with it.
     """
-    from mantle.platform.machine.client import kill_node, process_start
+    from mantle.platform.machine.direct import kill_node, process_start
 
     lock = _lock(directory)  # a daemon that is starting holds it: let it come up, then end it
     known = _known(directory)

@@ -28,14 +28,14 @@ def command(flags: Globals, pod: str, words: tuple[str, ...], container: str | N
     found = find_pod(status, pod, flags.namespace)
     name = choose_container(found, container, running=True)
     directory = Path(status["state_dir"]) / "pods" / found["uid"]
-    from mantle.platform.machine import client, wire
+    from mantle.platform.machine import direct, wire
 
     try:
         if tty:
             from mantle.cli.terminal import with_terminal
 
-            return with_terminal(lambda stdio: client.exec_in_pod(directory, name, argv, stdio, tty=True))
-        return client.exec_in_pod(directory, name, argv)
+            return with_terminal(lambda stdio: direct.exec_in_pod(directory, name, argv, stdio, tty=True))
+        return direct.exec_in_pod(directory, name, argv)
     except wire.Refused as refused:
         raise Failure(refused.message, fix=refused.fix or None) from refused
     except OSError as error:

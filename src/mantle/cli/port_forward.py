@@ -66,7 +66,7 @@ def _pair(text: str) -> tuple[int, str]:
 
 def dialler(get: Callable[[str], object], target: str, namespace: str | None, port: str) -> Dial:
     """Opens connections to whatever pod is behind the target at that moment."""
-    from mantle.platform.machine.client import dial
+    from mantle.platform.machine.direct import dial
 
     def connect() -> socket.socket:
         status = get("/v1/status")

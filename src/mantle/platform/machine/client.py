@@ -1,4 +1,4 @@
-"""Talking to a mesh's node and to its pods: asyncio for the daemon, blocking calls for commands.
+"""Talking to a mesh's node and to its pods, with asyncio, for the daemon. `direct.py` has blocking calls for commands.
 
 Every refusal is `wire.Refused` (reason, message, fix); a node or pod that is gone is an OSError of the connection
 (`wire.Closed` in the middle of it). Sockets that come back are non-blocking and belong to the caller.
@@ -7,10 +7,7 @@ Every refusal is `wire.Refused` (reason, message, fix); a node or pod that is go
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +18,7 @@ from types import TracebackType
 from typing import BinaryIO, Literal
 
 from mantle.platform.machine import wire
+from mantle.platform.machine.direct import exec_request
 from mantle.platform.machine.spec import (
     NodeConfig,
     PodSpec,
@@ -206,7 +204,7 @@ class PodClient:
     ) -> int:
         """Runs a command in a container on these descriptors. Returns its exit code; cancelled, it is killed."""
         async with Channel(self._path) as channel:
-            await channel.send(_exec_request(container, argv, env, cwd, tty), stdio)
+            await channel.send(exec_request(container, argv, env, cwd, tty), stdio)
             while True:
                 answer, _ = await channel.receive()
                 if "exit" in answer:
@@ -216,73 +214,3 @@ class PodClient:
         """A connection to 127.0.0.1:port inside the pod, past its proxy."""
         _, fds = await _call(self._path, {"op": "dial", "port": port})
         return socket.socket(fileno=fds[0])
-
-
-def dial(pod_dir: str | Path, port: int) -> socket.socket:
-    """`PodClient.dial` for commands; the socket is blocking."""
-    with wire.Connection(Path(pod_dir) / "ctl.sock") as connection:
-        _, fds = connection.call({"op": "dial", "port": port})
-    sock = socket.socket(fileno=fds[0])
-    sock.setblocking(True)
-    return sock
-
-
-def exec_in_pod(
-    pod_dir: str | Path,
-    container: str,
-    argv: Sequence[str],
-    stdio: tuple[int, int, int] = (0, 1, 2),
-    *,
-    env: Mapping[str, str] | None = None,
-    cwd: str = "",
-    tty: bool = False,
-) -> int:
-    """Runs a command in a container and waits for it. Returns its exit code (128 + signal if one ended it).
-
-    SIGINT, SIGTERM and SIGHUP to this process are passed on to it. With `tty`, `stdio` must be a terminal's slave
-    that is nobody's controlling terminal yet (`terminal.py` brings one).
-    """
-    with wire.Connection(Path(pod_dir) / "ctl.sock", timeout=None) as connection:
-        connection.call(_exec_request(container, argv, env, cwd, tty), stdio)
-
-        def forward(number: int, _frame: object) -> None:
-            with contextlib.suppress(OSError):
-                connection.send({"signal": number})
-
-        passed_on = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, forward) for number in passed_on}
-        try:
-            answer, _ = connection.receive()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return int(answer["exit"])
-
-
-def _exec_request(
-    container: str, argv: Sequence[str], env: Mapping[str, str] | None, cwd: str, tty: bool
-) -> wire.Message:
-    env = dict(env or {})
-    return {"op": "exec", "container": container, "argv": list(argv), "env": env, "cwd": cwd, "tty": tty}
-
-
-def read_status(pod_dir: str | Path) -> PodStatus | None:
-    """The pod's last status, from its file; None if it has none yet."""
-    try:
-        return status_from_json(json.loads((Path(pod_dir) / "status.json").read_text()))
-    except FileNotFoundError:
-        return None
-
-
-def process_start(pid: int) -> int | None:
-    """When a process started (clock ticks since boot), to tell it from a later one with its pid; None: it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def kill_node(guard: int) -> None:
-    """Ends a whole mesh at once; the kernel takes every process, namespace, mount and link with it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(guard, signal.SIGKILL)

@@ -148,7 +148,7 @@ def _somebody_answers(store: StateDir) -> bool:
 
 def _write_pids(store: StateDir) -> None:
     """Who we are, for a `mantle down` that finds nobody to talk to."""
-    from mantle.platform.machine.client import process_start
+    from mantle.platform.machine.direct import process_start
 
     own, front = os.getpid(), os.getppid()
     pids = {
@@ -167,7 +167,8 @@ def _config(options: argparse.Namespace) -> MeshConfig:
 
 def _node(config: MeshConfig, store: StateDir, known: dict[str, Any]) -> int:
     """The pid of the node's guard: the one that runs, or a new one beside an empty house."""
-    from mantle.platform.machine.client import process_start, start_node
+    from mantle.platform.machine.client import start_node
+    from mantle.platform.machine.direct import process_start
     from mantle.platform.machine.spec import NodeConfig
 
     pid = int(known.get("node_pid", 0))

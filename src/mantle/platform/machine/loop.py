@@ -54,7 +54,8 @@ class Loop:
             at = deadline()
             wait = None if at is None else max(0.0, at - time.monotonic())
             for key, _ in self._selector.select(wait):
-                if key.fileobj in self._selector.get_map():  # an earlier callback may have closed it
+                # An earlier callback may have closed it, and another file may have its number by now.
+                if self._selector.get_map().get(key.fileobj) is key:
                     key.data()
             at = deadline()
             if at is not None and time.monotonic() >= at:

@@ -5,7 +5,6 @@ created on the host's file systems: a missing path appears on a tmpfs that stand
 (`View.ensure`)."""
 
 # Paths here are arguments of system calls, and many of them descriptors under /proc.
-# ruff: noqa: PTH102, PTH103, PTH106, PTH108, PTH112, PTH114, PTH115, PTH116, PTH120, PTH208, PTH211
 
 from __future__ import annotations
 

@@ -122,7 +122,6 @@ class Blocked(enum.StrEnum):
     NO_SYS_ADMIN = "missing_cap_sys_admin"
     NO_NF_TABLES = "missing_nf_tables"
     PROC_MASKED = "proc_masked"
-    NO_WAY_OUT = "no_way_out"
     NAMESPACE_REFUSED = "namespace_refused"
 
 

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
 from mantle.platform.machine import wire
-from mantle.platform.machine.client import Channel, NodeClient, PodClient, read_status
+from mantle.platform.machine.client import Channel, NodeClient, PodClient
+from mantle.platform.machine.direct import read_status
 from mantle.platform.machine.runtime import RuntimeRefused
 from mantle.platform.machine.services import Row
 from mantle.platform.machine.spec import Phase, PodSpec, PodStatus, ServicePort, pod_from_json, to_json

@@ -32,18 +32,6 @@ def command(node: int, exit_fd: int) -> list[str]:
     return []
 
 
-def findings() -> list[ns.Finding]:
-    """For `mantle check` without root: what keeps pods from reaching the outside world. It keeps no mesh from running."""
-    if not any(map(shutil.which, PROGRAMS)):
-        missing = "without root, pods reach the outside world through pasta or slirp4netns, and neither is here"
-        fix = "`sudo apt install passt` (or slirp4netns), or run Mantle with sudo"
-        return [ns.Finding(ns.Blocked.NO_WAY_OUT, missing, fix, fatal=False)]
-    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-        missing = "this user may not open /dev/net/tun, so pods cannot reach the outside world"
-        return [ns.Finding(ns.Blocked.NO_WAY_OUT, missing, "`sudo chmod 666 /dev/net/tun`", fatal=False)]
-    return []
-
-
 class Helper:
     """Forked before the guard enters its user namespace, because the program must join that from outside."""
 
