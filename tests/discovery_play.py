@@ -128,16 +128,17 @@ METHODS: Mapping[str, tuple[str, Any, Any]] = {
 
 
 class Stream:
-    """A client's side of one stream. `next` waits at most two seconds, `silent` says that nothing came in a while."""
+    """A client's side of one stream. `silent` says that nothing came in a while."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
         self._pending: asyncio.Task[Any] | None = None
 
-    async def next(self) -> Any:
+    async def next(self, seconds: float = 5.0) -> Any:
+        """The next message, which must come in that time."""
         pending = self._pending or asyncio.ensure_future(self._call.read())
         self._pending = None
-        message = await asyncio.wait_for(pending, 2.0)
+        message = await asyncio.wait_for(pending, seconds)
         if message is grpc.aio.EOF:
             raise AssertionError(f"the stream ended: {await self._call.code()} {await self._call.details()}")
         return message
@@ -148,10 +149,10 @@ class Stream:
         return not done
 
     async def code(self) -> grpc.StatusCode:
-        return await asyncio.wait_for(self._call.code(), 2.0)
+        return await asyncio.wait_for(self._call.code(), 5.0)
 
     async def details(self) -> str:
-        return str(await asyncio.wait_for(self._call.details(), 2.0))
+        return str(await asyncio.wait_for(self._call.details(), 5.0))
 
     def cancel(self) -> None:
         self._call.cancel()

@@ -394,13 +394,13 @@ def test_a_platform_that_stays_silent_is_unavailable_never_not_found(monkeypatch
 # ---- many ----
 
 
-def test_a_change_reaches_a_thousand_streams_and_topics_are_forgotten() -> None:
+def test_all_who_subscribe_at_once_are_answered_and_told_of_changes_and_topics_are_forgotten() -> None:
     async def script(server: Discovery) -> None:
-        streams = [server.open("Get", get()) for _ in range(1000)]
-        await asyncio.gather(*(stream.next() for stream in streams))
-        assert server.topics.counts() == (1, 1000)
+        streams = [server.open("Get", get()) for _ in range(1900)]  # more than grpc lets wait by default
+        await asyncio.gather(*(stream.next(30) for stream in streams))
+        assert server.topics.counts() == (1, 1900)
         await server.platform.say(snapshot(2, WEB_SVC, WEB, WEB_2))
-        updates = await asyncio.gather(*(stream.next() for stream in streams))
+        updates = await asyncio.gather(*(stream.next(30) for stream in streams))
         assert {tuple(addresses(update)) for update in updates} == {("10.203.0.6:8080",)}
         for stream in streams:
             stream.cancel()
@@ -411,7 +411,7 @@ def test_a_change_reaches_a_thousand_streams_and_topics_are_forgotten() -> None:
 
 
 def test_a_reader_that_reads_nothing_holds_nobody_up_and_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "STUCK", 0.3)
+    monkeypatch.setattr(answers, "STUCK", 1.0)
     many = [pod(f"web-{n}", f"10.203.{n // 250}.{n % 250 + 1}") for n in range(500)]
 
     async def script(server: Discovery) -> None:

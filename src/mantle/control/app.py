@@ -42,6 +42,8 @@ log = logging.getLogger("mantle.control")
 PLATFORM = "unix:/run/mantle/control/platform.sock"
 GRACE = 0.5
 """Seconds open calls get at shutdown: streams never end by themselves, and Certify takes milliseconds."""
+MAX_WAITING = 50_000
+"""Calls that may wait to be taken up."""
 ISSUER_CHECK = 5.0
 """Seconds between two looks at the issuer's files."""
 CERTIFY_RATE, CERTIFY_BURST = 5.0, 20
@@ -179,6 +181,9 @@ async def grpc_server(
             ("grpc.http2.min_ping_interval_without_data_ms", 500),
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.max_concurrent_streams", 2000),
+            # After a restart every proxy subscribes again at once: grpc drops calls at random beyond 1,000 waiting.
+            ("grpc.server.max_pending_requests", MAX_WAITING),
+            ("grpc.server.max_pending_requests_hard_limit", MAX_WAITING),
             *options,
         ]
     )
