@@ -40,6 +40,8 @@ pub(crate) struct Config {
     pub(crate) default_policy: DefaultPolicy,
     /// Ports whose *default* policy is opaque.
     pub(crate) opaque_ports: PortSet,
+    /// Ports that accept clients with an identity only, whatever the default policy says.
+    pub(crate) identity_ports: PortSet,
     /// Ports on which inbound tells the application the client's address in `mantle-client-addr`.
     pub(crate) client_addr_ports: PortSet,
     pub(crate) outbound_listen: SocketAddr,
@@ -187,6 +189,7 @@ impl Env<'_> {
                 PORTS,
                 port_set,
             ),
+            identity_ports: self.or_default("INBOUND_PORTS_REQUIRE_IDENTITY", PortSet::default(), PORTS, port_set),
             client_addr_ports: self.or_default("INBOUND_CLIENT_ADDR_PORTS", PortSet::default(), PORTS, port_set),
             outbound_listen: self.or_default("OUTBOUND_LISTEN_ADDR", outbound, ADDRESS, from_str),
             inbound_listen: self.or_default(

@@ -276,7 +276,9 @@ impl Shared {
         let protocol = if config.opaque_ports.contains(port) { Protocol::Opaque } else { Protocol::Detect };
         config.inbound_ports.contains(port).then(|| {
             let timeout = config.inbound_detect_timeout;
-            Arc::new(config.default_policy.server_policy(&config.cluster_networks, protocol, timeout))
+            let strict = config.identity_ports.contains(port);
+            let policy = if strict { config.default_policy.authenticated() } else { config.default_policy };
+            Arc::new(policy.server_policy(&config.cluster_networks, protocol, timeout))
         })
     }
 

@@ -132,6 +132,20 @@ impl DefaultPolicy {
         Self::ALL.into_iter().find(|policy| policy.word() == word)
     }
 
+    /// The same policy for a port that accepts meshed clients only (`proxy-require-identity-inbound-ports`).
+    #[must_use]
+    pub const fn authenticated(self) -> Self {
+        match self {
+            Self::AllUnauthenticated | Self::AllTlsUnauthenticated | Self::AllAuthenticated | Self::Audit => {
+                Self::AllAuthenticated
+            }
+            Self::ClusterUnauthenticated | Self::ClusterTlsUnauthenticated | Self::ClusterAuthenticated => {
+                Self::ClusterAuthenticated
+            }
+            Self::Deny => Self::Deny,
+        }
+    }
+
     /// Writes the policy out. `cluster` are the networks that count as the cluster's own.
     pub fn server_policy(self, cluster: &[Cidr], protocol: Protocol, detect_timeout: Duration) -> ServerPolicy {
         let clients = match self {

@@ -501,6 +501,18 @@ fn anyone() -> Option<inbound::authn::Permit> {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_port_that_requires_identity_is_strict_before_anyone_answered() {
+    let stage = stage(&[
+        ("INBOUND_DEFAULT_POLICY", "audit"),
+        ("INBOUND_PORTS", "8080,9090"),
+        ("INBOUND_PORTS_REQUIRE_IDENTITY", "8080"),
+    ]);
+    for (port, policy) in [(8080, "all-authenticated"), (9090, "audit")] {
+        assert_eq!(stage.discovery.port(port).known().await.expect("a default").name, policy);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_listed_port_has_its_default_policy_until_the_first_answer_and_keeps_the_last() {
     let stage = stage(&[("INBOUND_PORTS_DISABLE_PROTOCOL_DETECTION", "8080")]);
     let mut port = stage.discovery.port(8080);
