@@ -104,11 +104,17 @@ class NameRefused(StrEnum):
     """Why a text is not the name of a workload of this mesh."""
 
     EMPTY = "empty"
+    """There is no name."""
     TOO_LONG = "too_long"
+    """Over 253 characters."""
     OTHER_MESH = "other_mesh"
+    """Of another control namespace, trust domain or kind of name."""
     MISSING_PART = "missing_part"
+    """The service account or the namespace is missing."""
     NOT_A_LABEL = "not_a_label"
+    """The namespace is not a DNS-1123 label."""
     NOT_A_SUBDOMAIN = "not_a_subdomain"
+    """The service account is not a DNS-1123 subdomain."""
 
 
 @unique
@@ -120,9 +126,13 @@ class TokenReason(StrEnum):
     BAD_SIGNATURE = "bad_signature"
     """Not signed by a key of this platform: forged, or of another mesh."""
     WRONG_ISSUER = "wrong_issuer"
+    """Made by another token issuer."""
     WRONG_AUDIENCE = "wrong_audience"
+    """Made for someone else than identity."""
     EXPIRED = "expired"
+    """Its time is over; the file in the pod holds a newer one."""
     NOT_YET_VALID = "not_yet_valid"
+    """Its time has not begun: a clock is wrong."""
     NOT_BOUND = "not_bound"
     """Not bound to a pod."""
     POD_GONE = "pod_gone"
@@ -138,29 +148,43 @@ class CertifyRefused(StrEnum):
     """Why a certificate was not issued. A refused token adds its `TokenReason`."""
 
     RATE_LIMITED = "rate_limited"
+    """Too many requests from this address."""
     BUSY = "busy"
+    """As many requests at work as identity takes at once."""
     MISSING_IDENTITY = "missing_identity"
+    """The request names no identity."""
     MISSING_TOKEN = "missing_token"
+    """The request has no token."""
     MISSING_CSR = "missing_csr"
+    """The request has no certificate signing request."""
     TOO_LARGE = "too_large"
+    """Token or signing request are larger than any real one."""
     ISSUER_NOT_READY = "issuer_not_ready"
+    """The issuer could not be read yet."""
     ISSUER_EXPIRED = "issuer_expired"
+    """The issuer's chain has expired."""
     ISSUER_NOT_YET_VALID = "issuer_not_yet_valid"
+    """The issuer's chain is not valid yet: a clock is wrong."""
     ISSUER_UNUSABLE = "issuer_unusable"
     """Malformed, not a CA, of another key, or not signed by a trust root."""
     PLATFORM_UNAVAILABLE = "platform_unavailable"
+    """The platform did not answer about the token."""
     TOKEN_REJECTED = "token_rejected"
+    """The platform refused the token."""
     OTHER_ADDRESS = "other_address"
     """A pod's token was presented from another address than the pod's."""
     OTHER_POD_ON_LOOPBACK = "other_pod_on_loopback"
     """Over loopback only identity's own sidecar may ask, for its own pod."""
     CSR_MALFORMED = "csr_malformed"
+    """Not PKCS#10 in DER."""
     CSR_KEY_UNSUPPORTED = "csr_key_unsupported"
+    """The key is not ECDSA P-256."""
     CSR_NOT_PROVEN = "csr_not_proven"
     """The request is not signed by the key it asks a certificate for."""
     CSR_NAMES = "csr_names"
     """The request names something else than the one requested identity."""
     NAME_REFUSED = "name_refused"
+    """The requested identity is no name of this mesh."""
     IDENTITY_MISMATCH = "identity_mismatch"
     """The token belongs to another service account than the requested identity."""
     SIGNING_FAILED = "signing_failed"
@@ -172,9 +196,13 @@ class CallerRefused(StrEnum):
     """Why destination or policy did not answer a caller."""
 
     ANONYMOUS = "anonymous"
+    """No mutual TLS with a certificate of this mesh."""
     BAD_WORKLOAD = "bad_workload"
+    """The workload it speaks for cannot be read."""
     UNKNOWN_WORKLOAD = "unknown_workload"
+    """There is no such pod (yet)."""
     OTHER_WORKLOAD = "other_workload"
+    """The pod it speaks for runs as another service account than the caller's."""
 
 
 @unique
@@ -182,10 +210,15 @@ class NoIdentity(StrEnum):
     """Why an endpoint is given no identity, so that it is reached in plaintext."""
 
     NOT_MESHED = "not_meshed"
+    """The pod has no proxy of a mesh."""
     OTHER_CONTROL_PLANE = "other_control_plane"
+    """The pod's proxy belongs to another control plane."""
     HOST_NETWORK = "host_network"
+    """The pod uses the host's network."""
     PROXY_NOT_STARTED = "proxy_not_started"
+    """The pod is meshed, but its proxy never started."""
     PORT_SKIPPED = "port_skipped"
+    """The port bypasses the proxy (`skip-inbound-ports`)."""
 
 
 @unique
@@ -193,8 +226,11 @@ class NotADestination(StrEnum):
     """Why a path is not something discovery can answer."""
 
     MALFORMED = "malformed"
+    """Not `name:port` or `address:port`."""
     NOT_A_SERVICE_NAME = "not_a_service_name"
+    """Not `service.namespace.svc.<domain>`."""
     AN_ADDRESS = "an_address"
+    """An address where a name is needed."""
 
 
 @unique
