@@ -84,14 +84,23 @@ reasons! {
 reasons! {
     /// Why an HTTP/1 message was refused with 400 instead of forwarded.
     BadHttp {
+        /// The head is larger than any real one.
         HeadTooLarge = "head_too_large",
+        /// Not HTTP/1 at all.
         Malformed = "malformed",
+        /// Several or contradicting lengths: proxies and servers would disagree where the body ends.
         ConflictingLength = "conflicting_length",
+        /// A transfer coding other than a final `chunked`.
         BadTransferEncoding = "bad_transfer_encoding",
+        /// A header field folded over several lines.
         ObsoleteFold = "obsolete_fold",
+        /// A line that ends without a carriage return.
         BareLineFeed = "bare_line_feed",
+        /// No host, several, or one that is no authority.
         BadHost = "bad_host",
+        /// A chunk's size or end is wrong.
         BadChunk = "bad_chunk",
+        /// Neither HTTP/1.0 nor HTTP/1.1.
         UnsupportedVersion = "unsupported_version",
     }
 }
@@ -121,16 +130,27 @@ reasons! {
 reasons! {
     /// Why a mux link was closed on its peer.
     LinkClosed {
+        /// A frame of unknown kind or impossible length.
         BadFrame = "bad_frame",
+        /// Settings that are missing, late or out of range.
         BadSettings = "bad_settings",
+        /// A frame for a stream that cannot be open.
         BadStream = "bad_stream",
+        /// More bytes than the window allowed.
         WindowExceeded = "window_exceeded",
+        /// More open streams than allowed.
         TooManyStreams = "too_many_streams",
+        /// Streams opened too fast.
         OpenRate = "open_rate",
+        /// Streams reset too fast.
         ResetRate = "reset_rate",
+        /// Control frames too fast.
         ControlRate = "control_rate",
+        /// Nothing could be written for too long.
         Stalled = "stalled",
+        /// It was told to end and all its streams have.
         Drained = "drained",
+        /// The connection broke.
         PeerGone = "peer_gone",
     }
 }
