@@ -158,7 +158,7 @@ class FakePlatform:
 
 def test_the_component_starts_serves_and_stops(tmp_path: Path) -> None:
     path = tmp_path / "viz.sock"
-    options = app.Options("127.0.0.1", 0, path, path, MeshNames("mantle", "cluster.local"), 60.0, ())
+    options = app.Options("127.0.0.1", 0, path, path, MeshNames("mantle", "cluster.local"), 60.0, (), "viz-1")
 
     async def run() -> None:
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:

@@ -45,7 +45,7 @@ class Stage:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.world, self.proxies = World(), FakeProxies()
+        self.world, self.proxies = World(own=Key("mantle", "mantle-viz-1")), FakeProxies()
         self.scraper = Scraper(self.world, self.proxies, lambda: self.now)
 
     async def round(self, *pods: Pod, **counts: float) -> None:
@@ -89,6 +89,17 @@ def test_destination_s_own_admin_port_is_asked_each_round() -> None:
         await stage.round(pod("mantle-destination", namespace="mantle"), pod("mantle-destination"))
         assert ("mantle-destination", 9996) in stage.proxies.asked
         assert len(stage.proxies.asked) == 3
+
+    asyncio.run(play())
+
+
+def test_our_own_proxy_is_asked_for_metrics_only() -> None:
+    async def play() -> None:
+        stage = Stage()
+        await stage.round()
+        await stage.round(pod("mantle-viz", namespace="mantle"), pod("web"), web=1, **{"mantle-viz": 2})
+        assert await stage.grown("request_total") == {"web": 1, "mantle-viz": 2}
+        assert await stage.grown("mantle_edge_clients_total") == {"web": 2}
 
     asyncio.run(play())
 

@@ -66,14 +66,27 @@ def test_an_ended_pod_is_no_target() -> None:
             Target("deployment", "nope", "emojivoto"),
             "no pods to tap for type=deployment name=nope in namespace emojivoto",
         ),
+        (Target("pod", "vote-bot-1", "emojivoto"), "emojivoto/vote-bot-1 is who watches, and cannot watch itself"),
         (Target("job", "", "emojivoto"), "1 pods found that are not in the mesh: emojivoto/migrate-1"),
     ],
 )
 def test_nothing_to_tap_says_why(target: Target, message: str) -> None:
     with pytest.raises(tap.NothingToTap) as failure:
-        tap.choose(world_of(*ALL), TapQuery(target))
+        tap.choose(standing(*ALL, own=BOT.key), TapQuery(target))
     assert failure.value.message == message
     assert failure.value.fix
+
+
+def standing(*pods: Pod, own: Key) -> World:
+    """A world that stands still, seen from the pod `own`."""
+    world = World(own=own)
+    asyncio.run(world.set(world_of(*pods)))
+    return world
+
+
+def test_who_watches_is_left_out() -> None:
+    watched = tap.choose(standing(*ALL, own=WEB1.key), TapQuery(Target("deployment", "", "emojivoto")))
+    assert {pod.key.name for pod in watched} == {"web-2", "vote-bot-1"}
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class Api:
     async def tap(self, request: web.Request) -> web.StreamResponse:
         query = _tap_query(await _body(request))
         try:
-            tap.choose(self._world.snapshot, query)
+            tap.choose(self._world, query)
         except tap.NothingToTap as error:
             return _failure(404, [(error.message, error.fix)])
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})

@@ -24,6 +24,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from mantle.core.model import Key
 from mantle.core.names import BadName, MeshNames, mesh_names
 from mantle.platform.port import Platform
 from mantle.platform.remote import RemotePlatform
@@ -47,6 +48,8 @@ class Options:
     names: MeshNames
     interval: float
     router: tuple[str, ...]
+    pod: str
+    """The name of the pod this runs in."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,6 +76,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--networks", default="", metavar="CIDR,…", help="the mesh's networks")
     parser.add_argument("--scrape-interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS")
     parser.add_argument("--router-ip", action="append", metavar="IP", help="where probes come from (default: found)")
+    parser.add_argument("--pod", default=socket.gethostname(), metavar="NAME", help="this pod (default: the host name)")
     args = parser.parse_args(argv)
     names = mesh_names(args.control_namespace, args.trust_domain)
     host, _, port = args.admin.rpartition(":")
@@ -91,6 +95,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         names=names,
         interval=args.scrape_interval,
         router=tuple(args.router_ip or router_addresses()),
+        pod=args.pod,
     )
 
 
@@ -99,7 +104,7 @@ async def run(options: Options, platform: Platform) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    world = World(options.router)
+    world = World(options.router, own=Key(options.names.control_namespace, options.pod))
     async with Proxies(options.names) as proxies, contextlib.AsyncExitStack() as servers:
         scraper = Scraper(
             world,

@@ -99,6 +99,8 @@ class Scraper:
         subject, new = subject_of(pod), pod.uid not in (self._there_before or ())
         scrape = self._reader.read(await self._proxies.metrics(pod))
         self._window.observe(self._clock(), f"{pod.uid}/metrics", subject, scrape.samples, new=new)
+        if pod.key == self._world.own:
+            return
         clients = samples_of(await self._proxies.clients(pod))
         self._window.observe(self._clock(), f"{pod.uid}/clients", subject, clients, new=new)
         if pod.key.namespace == self._control_namespace and pod.owner.name == "mantle-destination":

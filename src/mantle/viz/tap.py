@@ -44,12 +44,16 @@ class NothingToTap(Exception):
         self.message, self.fix = message, fix
 
 
-def choose(snapshot: Snapshot, query: TapQuery) -> list[Pod]:
-    """The meshed pods to watch. Raises `NothingToTap` if there is none, saying whether that is for want of a mesh."""
+def choose(world: World, query: TapQuery) -> list[Pod]:
+    """The meshed pods to watch. Raises `NothingToTap` if there is none, with the reason."""
+    snapshot = world.snapshot
     pods = targets(snapshot, query.target)
     meshed = [pod for pod in pods if is_meshed(pod)]
+    watched = [pod for pod in meshed if pod.key != world.own]
+    if watched:
+        return watched
     if meshed:
-        return meshed
+        raise NothingToTap(f"{world.own} is who watches, and cannot watch itself", "choose another workload")
     where = f"namespace {query.target.namespace}"
     if pods:
         names = ", ".join(str(pod.key) for pod in pods)
@@ -73,6 +77,10 @@ async def watch(world: World, proxies: Observes, query: TapQuery, emit: Emit) ->
             await emit(await events.get())
 
 
+def _can_be_watched(pod: Pod, world: World) -> bool:
+    return is_meshed(pod) and pod.proxy_started and pod.key != world.own
+
+
 async def _manage(
     world: World, proxies: Observes, query: TapQuery, events: asyncio.Queue[dict[str, Any]], group: asyncio.TaskGroup
 ) -> None:
@@ -81,7 +89,7 @@ async def _manage(
     snapshot: Snapshot | None = None
     while True:
         snapshot = await world.after(snapshot)
-        pods = {pod.uid: pod for pod in targets(snapshot, query.target) if is_meshed(pod) and pod.proxy_started}
+        pods = {pod.uid: pod for pod in targets(snapshot, query.target) if _can_be_watched(pod, world)}
         for uid in following.keys() - pods.keys():
             following.pop(uid).cancel()
         for uid in pods.keys() - following.keys():

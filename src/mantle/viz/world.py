@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 
-from mantle.core.model import Pod, Snapshot
+from mantle.core.model import Key, Pod, Snapshot
 from mantle.platform.port import Platform
 from mantle.viz.edges import Addresses
 from mantle.viz.mesh import is_live, is_meshed
 
 
 class World:
-    """`router`: the node's addresses, from which probes come."""
+    """`router`: the node's addresses, from which probes come. `own`: the pod this runs in.
 
-    def __init__(self, router: tuple[str, ...] = ()) -> None:
+    Our own proxy gives its metrics, but neither tap nor its table of clients: these need our certificate, and what a
+    pod sends to itself does not pass its proxy.
+    """
+
+    def __init__(self, router: tuple[str, ...] = (), own: Key | None = None) -> None:
+        self.own = own
         self.snapshot = Snapshot()
         self.addresses = Addresses.of(self.snapshot)
         self._router = router
