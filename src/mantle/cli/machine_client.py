@@ -28,12 +28,22 @@ def state_root() -> Path:
 
 
 def running_meshes(root: Path) -> list[str]:
-    """Names of the meshes under `root` whose daemon accepts connections, sorted."""
+    """Names of the meshes under `root` whose pods run, sorted; their daemon may have died (`MachineClient` revives it)."""
     try:
         candidates = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     except OSError:
         return []
-    return [name for name in candidates if _answers(root / name / "api.sock")]
+    return [name for name in candidates if _answers(root / name / "api.sock") or node_lives(root / name)]
+
+
+def node_lives(directory: Path) -> bool:
+    """Does the node of the mesh in this directory run, whatever became of its daemon?"""
+    try:
+        known = json.loads((directory / "mesh.json").read_text())
+        began = Path(f"/proc/{known['node_pid']}/stat").read_text().rpartition(")")[2].split()[19]
+        return int(began) == int(known["node_start"])
+    except (OSError, ValueError, KeyError, IndexError):
+        return False
 
 
 def _answers(path: Path) -> bool:
@@ -53,6 +63,7 @@ class MachineClient:
         self.root = root or state_root()
         self.mesh = mesh or self._only_one()
         self.socket_path = self.root / self.mesh / "api.sock"
+        self._revived = False
 
     def _only_one(self) -> str:
         meshes = running_meshes(self.root)
@@ -94,6 +105,12 @@ class MachineClient:
         with closing(_UnixConnection(str(self.socket_path), timeout)) as connection:
             payload = None if body is None else json.dumps(body).encode()
             try:
+                try:
+                    connection.connect()
+                except (FileNotFoundError, ConnectionRefusedError):
+                    if not self._revive():
+                        raise
+                    connection.connect()
                 connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
                 response = connection.getresponse()
             except (FileNotFoundError, ConnectionRefusedError) as error:
@@ -109,6 +126,17 @@ class MachineClient:
                 if response.status >= 400:
                     raise self._refused(response.status, response.read())
                 yield response
+
+    def _revive(self) -> bool:
+        """Starts the daemon of a mesh whose pods run without one; once, so that one that cannot start ends in an error."""
+        directory = self.root / self.mesh
+        if self._revived or self.root != state_root() or not node_lives(directory):
+            return False
+        from mantle.cli.launch import Launch, start
+
+        self._revived = True
+        start(self.mesh, Launch())
+        return True
 
     def _refused(self, status: int, data: bytes) -> Failure:
         try:
