@@ -1,7 +1,8 @@
 //! Which endpoint gets the next request: power of two choices over peak-EWMA latency.
 //!
 //! Pure: time and random numbers are arguments. A `Node` outlives the update that removed it, so requests under way
-//! report to it all the same. Finagle's and linkerd2's algorithm: cost = decayed peak latency x (outstanding + 1).
+//! report to it all the same. Finagle's and linkerd2's algorithm: cost = decayed peak latency x (outstanding + 1), but an
+//! endpoint that nobody has tried yet gets one request at once instead of waiting for its assumed latency to fade.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -30,6 +31,7 @@ pub struct Node {
     ewma: Ewma,
     outstanding: Cell<u32>,
     rtt: Cell<f64>,
+    measured: Cell<bool>,
     updated: Cell<Duration>,
     failures: Cell<u32>,
     resting_until: Cell<Duration>,
@@ -98,6 +100,7 @@ impl Node {
             ewma,
             outstanding: Cell::new(0),
             rtt: Cell::new(ewma.default_rtt.as_secs_f64()),
+            measured: Cell::new(false),
             updated: Cell::new(now),
             failures: Cell::new(0),
             resting_until: Cell::new(Duration::ZERO),
@@ -147,6 +150,7 @@ impl Node {
         // A peak counts in full at once; recovery is gradual.
         let weight = self.fading(now);
         self.rtt.set(if new > old { new } else { old * weight + new * (1.0 - weight) });
+        self.measured.set(true);
         self.updated.set(now);
     }
 
@@ -157,6 +161,9 @@ impl Node {
 
     /// Seconds of waiting that a new request here is expected to cost.
     fn cost(&self, now: Duration) -> f64 {
+        if !self.measured.get() && self.outstanding.get() == 0 {
+            return 0.0;
+        }
         (self.rtt.get() * self.fading(now)).max(1e-9) * f64::from(self.outstanding.get() + 1)
     }
 }
@@ -228,6 +235,20 @@ mod tests {
         assert!(share(MS, MS * 500, &mut random) < 20);
         // A minute later the peak has faded and the endpoint answers well.
         assert!(share(MS * 60_000, MS * 5, &mut random) > 20);
+    }
+
+    #[test]
+    fn a_new_endpoint_is_tried_at_once() {
+        let mut balancer = balancer(1);
+        let node = balancer.pick(MS, counter(1)).unwrap();
+        node.start();
+        node.finish(MS, MS / 10);
+        balancer.update(&[endpoint(1), endpoint(2)], MS);
+        let fresh = balancer.pick(MS * 2, counter(1)).unwrap();
+        assert_eq!(fresh.endpoint.addr, endpoint(2).addr);
+        fresh.start();
+        let meanwhile = balancer.pick(MS * 2, counter(1)).unwrap();
+        assert_eq!(meanwhile.endpoint.addr, endpoint(1).addr, "one request is enough to learn");
     }
 
     #[test]
