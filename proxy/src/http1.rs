@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use crate::drain::Drain;
 use crate::record;
-use crate::relay::{Ahead, Origin, read_more, relay};
+use crate::relay::{Ahead, read_more, relay};
 use exchange::{Exchange, Failed, Finished, Moved, Terms};
 
 /// Where requests go: the one thing in which inbound and outbound differ.
@@ -38,9 +38,6 @@ pub(crate) trait Service {
 
     /// The exchange has ended and `io` can carry another one.
     fn reuse(&self, ticket: Self::Ticket, io: Self::Io);
-
-    /// Bytes were passed on.
-    fn meter(&self, ticket: &Self::Ticket, origin: Origin, bytes: u64);
 
     /// The proxy answers in the server's place. Returns whether the client may be told why (`l5d-proxy-error`).
     fn refused(&self, refusal: Refusal) -> bool;
@@ -151,9 +148,7 @@ where
             strip_response,
         };
         let sent = Instant::now();
-        service.meter(&ticket, Origin::Client, head.len() as u64);
         let moved = |moved: Moved<'_>| match moved {
-            Moved::Bytes(origin, n) => service.meter(&ticket, origin, n),
             Moved::Body(n) => record.body(n),
             Moved::Head(response) => {
                 record.response(response.status, &|visit| visit_headers(response, visit));
@@ -171,7 +166,7 @@ where
             }
             Ok(Finished::Tunnel { from_server }) => {
                 let ahead = Ahead { from_client: rest.split().freeze(), from_server };
-                let end = relay(client, &mut io, ahead, |origin, n| service.meter(&ticket, origin, n)).await;
+                let end = relay(client, &mut io, ahead).await;
                 return Next::End(if end.is_ok() { End::Closed } else { End::Broken });
             }
             Err(Failed::ServerSilent { replayable }) if stale && replayable && !again => again = true,

@@ -9,12 +9,9 @@ mod requests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -25,7 +22,7 @@ use mantle_proxy_core::mux::Open;
 use mantle_proxy_core::policy::{self, ClientTls, Permit};
 use mantle_proxy_core::reasons::{Denied, NoTls, StreamReset, Unroutable};
 use rustls::ServerConfig;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
 use tokio_rustls::TlsAcceptor;
@@ -33,17 +30,17 @@ use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use crate::app::Thread;
+use crate::counted::Counted;
 use crate::discovery::PortPolicy;
-use crate::http1;
-use crate::http2;
 use crate::link::{self, LinkHint, MuxStream};
-use crate::metrics::{Direction, Layer, TlsLabel};
+use crate::metrics::{Direction, Layer, TlsLabel, Verdict};
 use crate::pool::Pool;
-use crate::record::{self, Conn, Counted};
-use crate::relay::{Ahead, Origin, read_more, relay};
+use crate::record::{self, Conn};
+use crate::relay::{Ahead, read_more, relay};
 use crate::sniff::{Understood, understand};
 use crate::socket::{self, Dial};
 use crate::tls::{self, ALPN_MUX};
+use crate::{http1, http2};
 use calls::Calls;
 use requests::{PortUse, Requests};
 
@@ -103,11 +100,8 @@ impl From<Denied> for Refused {
     }
 }
 
-/// A connection to the application, counted.
-pub(crate) struct Server {
-    pub(crate) io: TcpStream,
-    pub(crate) conn: Conn,
-}
+/// A connection to the application.
+type Server = Counted<TcpStream>;
 
 impl Inbound {
     pub(crate) fn new(cx: Rc<Thread>) -> Self {
@@ -138,7 +132,7 @@ impl Inbound {
         let mut seen = BytesMut::new();
         let understood = self.understand(&mut io, &mut seen, &stranger, &port, &policy, HEAD_START).await?;
         if understood.detected != Detected::Tls {
-            return self.understood(&mut io, &stranger, &port, seen, understood).await;
+            return self.understood(&mut io, &stranger, &port, &policy, seen, understood).await;
         }
         match self.client_hello(&mut io, &mut seen).await {
             ClientHello::Hello { sni } if sni.as_deref() == Some(&*self.cx.config.identity.local_name) => {
@@ -147,7 +141,7 @@ impl Inbound {
                 let client = Rc::new(Client::proved_by(peer, &tls));
                 let mut seen = BytesMut::new();
                 let understood = self.understand(&mut tls, &mut seen, &client, &port, &policy, HEAD_START).await?;
-                self.understood(&mut tls, &client, &port, seen, understood).await
+                self.understood(&mut tls, &client, &port, &policy, seen, understood).await
             }
             hello => {
                 let client = match hello {
@@ -220,7 +214,7 @@ impl Inbound {
                 self.understand(io, &mut seen, client, &port, &policy, Duration::ZERO).await?
             }
         };
-        self.understood(io, client, &port, seen, understood).await
+        self.understood(io, client, &port, &policy, seen, understood).await
     }
 
     /// The port that a connection or stream is for. Own addresses only, and none of the proxy's own ports.
@@ -267,23 +261,26 @@ impl Inbound {
         io: &mut C,
         client: &Rc<Client>,
         port: &Rc<Port>,
+        policy: &ServerPolicy,
         seen: BytesMut,
         understood: Understood<Server>,
     ) -> Result<(), Refused>
     where
         C: AsyncRead + AsyncWrite + Unpin,
     {
+        let mut drain = self.cx.drain.clone();
         match understood.detected {
             Detected::Http1 => {
-                let requests = Requests::new(self, client, port);
-                let end = http1::serve(io, seen, &requests, &mut self.cx.drain.clone()).await;
+                let requests = Requests::new(self, client, port, policy);
+                let mut io = Counted::new(io, requests.src(), seen.len());
+                let end = http1::serve(&mut io, seen, &requests, &mut drain).await;
                 debug!(client = %client.addr, port = port.addr.port(), ?end, "inbound HTTP/1 connection closed");
                 Ok(())
             }
             Detected::Http2 => {
-                let calls = Calls::new(self, client, port);
-                let counted = Counted { io, conn: calls.src() };
-                let end = http2::serve(counted, seen, Rc::new(calls), &mut self.cx.drain.clone()).await;
+                let calls = Calls::new(self, client, port, policy);
+                let io = Counted::new(io, calls.src(), seen.len());
+                let end = http2::serve(io, seen, Rc::new(calls), &mut drain).await;
                 debug!(client = %client.addr, port = port.addr.port(), ?end, "inbound HTTP/2 connection closed");
                 Ok(())
             }
@@ -303,7 +300,13 @@ impl Inbound {
     where
         C: AsyncRead + AsyncWrite + Unpin,
     {
-        let permit = self.permit(client, port)?;
+        let metrics = &self.cx.control.metrics;
+        let verdict = |verdict| {
+            let labels = record::labels(Direction::Inbound, port.addr, client.tls.clone());
+            metrics.authz(verdict, &labels).add(1);
+        };
+        let permit = self.permit(client, port).inspect_err(|_| verdict(Verdict::TcpDenied))?;
+        verdict(Verdict::TcpAllowed);
         let mut server = match understood.early {
             Some(early) => early,
             None => self.dial(&permit, port).await?,
@@ -311,22 +314,19 @@ impl Inbound {
         if !understood.from_server.is_empty() {
             port.server_first.set(true);
         }
-        let src = Conn::open(record::inbound_src(&self.cx.control.metrics, port.addr, &client.tls, permit.policy()));
+        let src = Conn::open(record::inbound_src(metrics, port.addr, &client.tls, permit.policy()));
+        let mut io = Counted::new(io, Rc::new(src), seen.len());
         let _edge = self.cx.control.edges.opened(client.addr.ip(), port.addr.port(), &client.tls);
         let ahead = Ahead { from_client: seen.freeze(), from_server: understood.from_server.freeze() };
-        let Server { io: app, conn: dst } = &mut server;
-        let relayed = relay(io, app, ahead, |from, n| match from {
-            Origin::Client => (src.read(n), dst.wrote(n)).0,
-            Origin::Server => (src.wrote(n), dst.read(n)).0,
-        });
         let end = tokio::select! {
-            end = relayed => end,
-            why = self.revoked(client, port) => return Err(why.into()),
+            end = relay(&mut io, &mut server, ahead) => end,
+            why = self.revoked(client, port) => {
+                verdict(Verdict::TcpTerminated);
+                return Err(why.into());
+            }
         };
-        if let Err(error) = &end {
-            src.failed(error);
-        }
-        debug!(client = %client.addr, port = port.addr.port(), error = end.err().map(tracing::field::display), "inbound connection closed");
+        let error = end.err().map(tracing::field::display);
+        debug!(client = %client.addr, port = port.addr.port(), error, "inbound connection closed");
         Ok(())
     }
 
@@ -357,7 +357,7 @@ impl Inbound {
     async fn dial(&self, _permit: &Permit, port: &Port) -> Result<Server, Refused> {
         let dial = Dial { mark: self.cx.config.outbound_mark, timeout: self.cx.config.inbound_connect_timeout };
         let io = socket::connect(port.addr, dial).await.map_err(|_| Refused::App(Unroutable::ConnectFailed))?;
-        Ok(Server { io, conn: Conn::open(record::inbound_dst(&self.cx.control.metrics)) })
+        Ok(Counted::new(io, Rc::new(Conn::open(record::inbound_dst(&self.cx.control.metrics))), 0))
     }
 
     /// Reads until the ClientHello is whole or proves to be none.
@@ -419,12 +419,6 @@ impl Client {
             (None, TlsLabel::Mutual(_)) => ClientTls::Anonymous,
             (None, TlsLabel::Passthru(_) | TlsLabel::None(_)) => ClientTls::None,
         }
-    }
-}
-
-impl AsyncRead for Server {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_read(cx, buf)
     }
 }
 

@@ -9,6 +9,7 @@ mod admin;
 mod app;
 mod config;
 mod control;
+mod counted;
 mod destination;
 mod discovery;
 mod drain;

@@ -20,21 +20,22 @@ use mantle_proxy_core::balance::Node;
 use mantle_proxy_core::detect::Detected;
 use mantle_proxy_core::model::Protocol;
 use mantle_proxy_core::reasons::Unroutable;
+use mantle_proxy_core::route::Plan;
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
 use tracing::debug;
 
 use crate::app::Thread;
+use crate::counted::Counted;
 use crate::destination::{Destination, Reach};
-use crate::http1;
-use crate::http2;
 use crate::link::LinkHint;
 use crate::metrics::{Direction, Layer, TlsLabel};
 use crate::pool::Pool;
-use crate::record::{self, Conn, Counted};
-use crate::relay::{Ahead, Origin, relay};
+use crate::record::{self, Conn};
+use crate::relay::{Ahead, relay};
 use crate::sniff::{Understood, understand};
 use crate::upstream::{self, Upstream};
+use crate::{http1, http2};
 use calls::Calls;
 use requests::Requests;
 
@@ -43,28 +44,22 @@ pub(crate) struct Outbound {
     cx: Rc<Thread>,
     known: RefCell<HashMap<SocketAddr, Rc<Destination>>>,
     /// Connections without a link, between HTTP/1 requests.
-    pool: Pool<(SocketAddr, TlsLabel), Idle>,
+    pool: Pool<(SocketAddr, TlsLabel), Counted<Upstream>>,
 }
 
 /// A stream to an endpoint, and who it is.
-pub(crate) struct Opened {
-    io: Upstream,
-    conn: Conn,
+struct Opened {
+    io: Counted<Upstream>,
     ticket: Ticket,
     /// It has carried another request before.
     reused: bool,
 }
 
 /// One request or connection under way at an endpoint; the balancer hears of its first answer, or of its end.
-pub(crate) struct Ticket {
+struct Ticket {
     node: Rc<Node>,
     reach: Rc<Reach>,
     answered: bool,
-}
-
-struct Idle {
-    io: Upstream,
-    conn: Conn,
 }
 
 impl Outbound {
@@ -94,22 +89,23 @@ impl Outbound {
             Protocol::Http2 => Understood::known(Detected::Http2),
             Protocol::Opaque | Protocol::Tls => Understood::known(Detected::Opaque),
         };
+        let mut io = Counted::new(io, src, seen.len());
+        let mut drain = self.cx.drain.clone();
         match understood.detected {
             Detected::Http1 => {
-                let requests = Requests { out: self, dst: &dst, client: peer, src: &src };
-                let end = http1::serve(&mut io, seen, &requests, &mut self.cx.drain.clone()).await;
+                let requests = Requests { out: self, dst: &dst, client: peer };
+                let end = http1::serve(&mut io, seen, &requests, &mut drain).await;
                 debug!(client = %peer, dst = %dst.original, ?end, "outbound HTTP/1 connection closed");
                 Ok(())
             }
             Detected::Http2 => {
                 let calls = Rc::new(Calls { out: self.clone(), dst: dst.clone(), client: peer });
-                let client = Counted { io: &mut io, conn: Some(src) };
-                let end = http2::serve(client, seen, calls, &mut self.cx.drain.clone()).await;
+                let end = http2::serve(io, seen, calls, &mut drain).await;
                 debug!(client = %peer, dst = %dst.original, ?end, "outbound HTTP/2 connection closed");
                 Ok(())
             }
             Detected::Opaque | Detected::Tls | Detected::NeedMore => {
-                self.tcp(&mut io, peer, &src, seen, &dst, understood).await
+                self.tcp(&mut io, peer, seen, &dst, understood).await
             }
         }
     }
@@ -140,9 +136,8 @@ impl Outbound {
     /// Relays a connection whose bytes are nobody's business.
     async fn tcp(
         &self,
-        io: &mut TcpStream,
+        io: &mut Counted<TcpStream>,
         peer: SocketAddr,
-        src: &Conn,
         seen: BytesMut,
         dst: &Destination,
         understood: Understood<Opened>,
@@ -155,16 +150,9 @@ impl Outbound {
             dst.server_first.set(true);
         }
         let ahead = Ahead { from_client: seen.freeze(), from_server: understood.from_server.freeze() };
-        let end = relay(io, &mut up.io, ahead, |from, n| match from {
-            Origin::Client => (src.read(n), up.conn.wrote(n)).0,
-            Origin::Server => (src.wrote(n), up.conn.read(n)).0,
-        })
-        .await;
-        if let Err(error) = &end {
-            src.failed(error);
-        }
-        let endpoint = up.ticket.node.endpoint.addr;
-        debug!(client = %peer, dst = %dst.original, %endpoint, error = end.err().map(tracing::field::display), "outbound connection closed");
+        let end = relay(io, &mut up.io, ahead).await;
+        let (endpoint, error) = (up.ticket.addr(), end.err().map(tracing::field::display));
+        debug!(client = %peer, dst = %dst.original, %endpoint, error, "outbound connection closed");
         Ok(())
     }
 
@@ -172,18 +160,14 @@ impl Outbound {
     async fn connect(&self, dst: &Destination, hint: LinkHint) -> Result<Opened, Unroutable> {
         let mut attempt = 1;
         loop {
-            let node = dst.pick(|| self.cx.random.next()).await?;
-            let reach = dst.reach(&self.cx, &node)?;
-            node.start();
-            let ticket = Ticket { node, reach, answered: false };
-            if let (LinkHint::Http1, Some(Idle { io, conn })) = (hint, self.pool.take(&ticket.key())) {
-                return Ok(Opened { io, conn, ticket, reused: true });
+            let ticket = self.pick(dst).await?;
+            if hint == LinkHint::Http1
+                && let Some(io) = self.pool.take(&ticket.key())
+            {
+                return Ok(Opened { io, ticket, reused: true });
             }
-            match upstream::open(&self.cx, &ticket.node.endpoint, &ticket.reach.route, hint).await {
-                Ok(io) => {
-                    let conn = Conn::open(ticket.reach.transport.clone());
-                    return Ok(Opened { io, conn, ticket, reused: false });
-                }
+            match self.open(&ticket, hint).await {
+                Ok(io) => return Ok(Opened { io, ticket, reused: false }),
                 Err(why) => {
                     ticket.failed(dst.now());
                     if attempt >= ATTEMPTS.min(dst.endpoints()) {
@@ -195,26 +179,50 @@ impl Outbound {
         }
     }
 
+    /// The endpoint for one request.
+    async fn pick(&self, dst: &Destination) -> Result<Ticket, Unroutable> {
+        let node = dst.pick(|| self.cx.random.next()).await?;
+        let reach = dst.reach(&self.cx, &node)?;
+        node.start();
+        Ok(Ticket { node, reach, answered: false })
+    }
+
+    /// A new stream to the endpoint.
+    async fn open(&self, ticket: &Ticket, hint: LinkHint) -> Result<Counted<Upstream>, Unroutable> {
+        let io = upstream::open(&self.cx, &ticket.node.endpoint, &ticket.reach.route, hint).await?;
+        Ok(Counted::new(io, Rc::new(Conn::open(ticket.reach.transport.clone())), 0))
+    }
+
     /// Keeps a connection for the next request; a stream of a link has no next one.
-    fn keep(&self, ticket: Ticket, conn: Conn, io: Upstream) {
-        if !matches!(io, Upstream::Mux(_)) {
-            self.pool.put(ticket.key(), Idle { io, conn });
+    fn keep(&self, ticket: &Ticket, io: Counted<Upstream>) {
+        if !matches!(io.get(), Upstream::Mux(_)) {
+            self.pool.put(ticket.key(), io);
         }
     }
 }
 
 impl Ticket {
-    /// Whose idle connections may carry this request: the same address, secured the same way.
-    fn key(&self) -> (SocketAddr, TlsLabel) {
-        (self.node.endpoint.addr, self.reach.route.tls.clone())
+    fn addr(&self) -> SocketAddr {
+        self.node.endpoint.addr
     }
 
+    fn is_mesh(&self) -> bool {
+        matches!(self.reach.route.plan, Plan::Mesh { .. })
+    }
+
+    /// Whose connections may carry this request: the same address, secured the same way.
+    fn key(&self) -> (SocketAddr, TlsLabel) {
+        (self.addr(), self.reach.route.tls.clone())
+    }
+
+    /// Its first answer came `after` it was sent.
     fn responded(&mut self, now: Duration, after: Duration) {
         if !std::mem::replace(&mut self.answered, true) {
             self.node.finish(now, after);
         }
     }
 
+    /// The endpoint could not be reached.
     fn failed(mut self, now: Duration) {
         self.answered = true;
         self.node.fail(now);
@@ -222,12 +230,6 @@ impl Ticket {
 }
 
 impl AsyncRead for Opened {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_read(cx, buf)
-    }
-}
-
-impl AsyncRead for Idle {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().io).poll_read(cx, buf)
     }

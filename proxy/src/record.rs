@@ -6,16 +6,12 @@
 use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Instant;
 
 use mantle_proxy_core::model::{Endpoint, ServerPolicy};
 use mantle_proxy_core::policy::Permit;
 use mantle_proxy_core::reasons::NoTls;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::metrics::{Direction, Http, Labels, Metrics, Outcome, PolicyLabels, Side, TlsLabel, Transport};
 use crate::tap::{TapStream, VisitHeaders};
@@ -111,42 +107,6 @@ impl Request {
 impl Drop for Request {
     fn drop(&mut self) {
         self.finish(true);
-    }
-}
-
-/// A connection whose bytes are counted as they pass, where nobody else counts them.
-pub(crate) struct Counted<Io> {
-    pub(crate) io: Io,
-    /// `None`: counted elsewhere.
-    pub(crate) conn: Option<Rc<Conn>>,
-}
-
-impl<Io: AsyncRead + Unpin> AsyncRead for Counted<Io> {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let before = buf.filled().len();
-        let read = Pin::new(&mut this.io).poll_read(cx, buf);
-        this.conn.iter().for_each(|conn| conn.read((buf.filled().len() - before) as u64));
-        read
-    }
-}
-
-impl<Io: AsyncWrite + Unpin> AsyncWrite for Counted<Io> {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let wrote = Pin::new(&mut this.io).poll_write(cx, buf);
-        if let Poll::Ready(Ok(n)) = wrote {
-            this.conn.iter().for_each(|conn| conn.wrote(n as u64));
-        }
-        wrote
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A connection owns no buffer while it is idle: bytes are read into a scratch area of the thread and written on at
 //! once; only what the other side refuses is kept, and nothing more is read until that is gone. Flushes when the
-//! reader has nothing more. Knows nothing of protocols, policy or metrics beyond a meter that is told each move.
+//! reader has nothing more. Knows nothing of protocols, policy or metrics.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -13,25 +13,13 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Who sent the bytes that a meter hears of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Origin {
-    Client,
-    Server,
-}
-
 /// Relays between `client` and `server` until both directions have ended or one side fails.
 ///
-/// `ahead` are bytes already taken from each side and not yet passed on; `meter` hears of every byte passed on.
+/// `ahead` are bytes already taken from each side and not yet passed on.
 ///
 /// # Errors
 /// The first read or write error of either side.
-pub(crate) async fn relay<C, S>(
-    client: &mut C,
-    server: &mut S,
-    ahead: Ahead,
-    mut meter: impl FnMut(Origin, u64),
-) -> io::Result<()>
+pub(crate) async fn relay<C, S>(client: &mut C, server: &mut S, ahead: Ahead) -> io::Result<()>
 where
     C: AsyncRead + AsyncWrite + Unpin,
     S: AsyncRead + AsyncWrite + Unpin,
@@ -39,8 +27,8 @@ where
     let mut up = Half::new(ahead.from_client);
     let mut down = Half::new(ahead.from_server);
     poll_fn(|cx| {
-        let sent = up.poll(cx, client, server, &mut |n| meter(Origin::Client, n))?;
-        let received = down.poll(cx, server, client, &mut |n| meter(Origin::Server, n))?;
+        let sent = up.poll(cx, client, server)?;
+        let received = down.poll(cx, server, client)?;
         if sent.is_ready() && received.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
     })
     .await
@@ -112,13 +100,7 @@ impl Half {
     }
 
     /// Moves what can be moved from `r` to `w`; ready when `r` has ended and `w` was told.
-    pub(crate) fn poll<R, W>(
-        &mut self,
-        cx: &mut Context<'_>,
-        r: &mut R,
-        w: &mut W,
-        meter: &mut impl FnMut(u64),
-    ) -> Poll<io::Result<()>>
+    pub(crate) fn poll<R, W>(&mut self, cx: &mut Context<'_>, r: &mut R, w: &mut W) -> Poll<io::Result<()>>
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
@@ -131,11 +113,10 @@ impl Half {
                 }
                 self.kept.advance(n);
                 self.unflushed = true;
-                meter(n as u64);
             }
             match self.state {
                 State::Open => {
-                    let moved = SCRATCH.with_borrow_mut(|scratch| self.pass_on(cx, r, w, scratch, meter))?;
+                    let moved = SCRATCH.with_borrow_mut(|scratch| self.pass_on(cx, r, w, scratch))?;
                     if moved.is_pending() {
                         if self.unflushed {
                             ready!(Pin::new(&mut *w).poll_flush(cx))?;
@@ -157,14 +138,7 @@ impl Half {
     }
 
     /// One read into `scratch`, then as much of it written as `w` takes; the rest is kept.
-    fn pass_on<R, W>(
-        &mut self,
-        cx: &mut Context<'_>,
-        r: &mut R,
-        w: &mut W,
-        scratch: &mut [u8],
-        meter: &mut impl FnMut(u64),
-    ) -> io::Result<Poll<()>>
+    fn pass_on<R, W>(&mut self, cx: &mut Context<'_>, r: &mut R, w: &mut W, scratch: &mut [u8]) -> io::Result<Poll<()>>
     where
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
@@ -182,7 +156,6 @@ impl Half {
         match Pin::new(w).poll_write(cx, bytes) {
             Poll::Ready(written) => {
                 let n = written?;
-                meter(n as u64);
                 self.unflushed = true;
                 if n < bytes.len() {
                     self.kept = Bytes::copy_from_slice(&bytes[n..]);
@@ -210,12 +183,8 @@ mod tests {
     async fn each_side_may_end_first_and_the_other_direction_goes_on() {
         let (mut app, mut client) = duplex(64);
         let (mut server, mut far) = duplex(64);
-        let mut moved = (0, 0);
         let ahead = Ahead { from_client: Bytes::from_static(b"first "), ..Ahead::default() };
-        let relayed = relay(&mut client, &mut server, ahead, |from, n| match from {
-            Origin::Client => moved.0 += n,
-            Origin::Server => moved.1 += n,
-        });
+        let relayed = relay(&mut client, &mut server, ahead);
         let play = async {
             app.write_all(b"then this").await.unwrap();
             app.shutdown().await.unwrap();
@@ -230,7 +199,6 @@ mod tests {
         };
         let (end, ()) = tokio::join!(relayed, play);
         end.unwrap();
-        assert_eq!(moved, (15, 23));
     }
 
     #[tokio::test]
@@ -250,7 +218,7 @@ mod tests {
             far.shutdown().await.unwrap();
             got
         };
-        let (end, _app, got) = tokio::join!(relay(&mut client, &mut server, Ahead::default(), |_, _| ()), write, read);
+        let (end, _app, got) = tokio::join!(relay(&mut client, &mut server, Ahead::default()), write, read);
         end.unwrap();
         assert_eq!(got, sent);
     }

@@ -13,7 +13,7 @@ use mantle_proxy_core::http1::{self, Asked, Body, Connection, Edit, Follower, Re
 use mantle_proxy_core::reasons::BadHttp;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::relay::{Origin, poll_read_into, with_scratch};
+use crate::relay::{poll_read_into, with_scratch};
 
 /// What is to be known of a request while it is under way.
 #[derive(Clone, Copy)]
@@ -32,8 +32,6 @@ pub(super) struct Terms {
 
 /// What a meter hears of.
 pub(super) enum Moved<'a> {
-    /// Bytes passed on.
-    Bytes(Origin, u64),
     /// The final response's head.
     Head(&'a Response<'a>),
     /// Bytes of the response's body.
@@ -100,7 +98,7 @@ impl Exchange {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         poll_fn(|cx| {
-            match self.sending.poll(cx, client, buf, server, &mut meter) {
+            match self.sending.poll(cx, client, buf, server) {
                 Poll::Pending | Poll::Ready(Ok(())) => {}
                 // The server may have answered all the same; it will not read more.
                 Poll::Ready(Err(NotSent::ServerEnded)) => self.sending.state = SendState::GivenUp,
@@ -123,7 +121,10 @@ impl Exchange {
             Poll::Ready(Ok(match received {
                 Received::Tunnel { from_server } => Finished::Tunnel { from_server },
                 Received::Complete { framed, server_goes_on } => Finished::Complete {
-                    client_goes_on: sent && framed && self.terms.keep_alive && !self.sending.client_ended,
+                    client_goes_on: sent
+                        && framed
+                        && self.terms.keep_alive
+                        && (!self.sending.client_ended || !buf.is_empty()),
                     server_goes_on: sent && framed && server_goes_on,
                 },
             }))
@@ -167,7 +168,6 @@ impl Sending {
         client: &mut C,
         buf: &mut BytesMut,
         server: &mut S,
-        meter: &mut impl FnMut(Moved<'_>),
     ) -> Poll<Result<(), NotSent>>
     where
         C: AsyncRead + Unpin,
@@ -184,11 +184,10 @@ impl Sending {
                 SendState::Body if self.body.is_done() => self.state = SendState::Ending,
                 SendState::Body if !buf.is_empty() => {
                     let n = self.body.follow(buf).map_err(NotSent::Bad)?;
-                    meter(Moved::Bytes(Origin::Client, n as u64));
                     self.out = buf.split_to(n).freeze();
                 }
                 SendState::Body => {
-                    let read = with_scratch(|scratch| self.pass_on(cx, client, buf, server, scratch, meter));
+                    let read = with_scratch(|scratch| self.pass_on(cx, client, buf, server, scratch));
                     if read?.is_pending() {
                         // The client has no more for now: what it sent must not wait in a buffer.
                         ready!(Pin::new(&mut *server).poll_flush(cx)).map_err(|_| NotSent::ServerEnded)?;
@@ -232,7 +231,6 @@ impl Sending {
         buf: &mut BytesMut,
         server: &mut S,
         scratch: &mut [u8],
-        meter: &mut impl FnMut(Moved<'_>),
     ) -> Result<Poll<()>, NotSent>
     where
         C: AsyncRead + Unpin,
@@ -244,7 +242,6 @@ impl Sending {
             Poll::Ready(Ok(_) | Err(_)) => return Err(NotSent::ClientEnded),
         };
         let n = self.body.follow(bytes).map_err(NotSent::Bad)?;
-        meter(Moved::Bytes(Origin::Client, n as u64));
         buf.extend_from_slice(&bytes[n..]);
         let taken = match Pin::new(server).poll_write(cx, &bytes[..n]) {
             Poll::Ready(taken) => taken.map_err(|_| NotSent::ServerEnded)?,
@@ -390,7 +387,6 @@ impl Receiving {
             self.head.advance(length + n);
             self.state = ReceiveState::Body { body, framed, server_goes_on };
         }
-        meter(Moved::Bytes(Origin::Server, out.len() as u64));
         self.out = out.into();
         Ok(Poll::Ready(()))
     }
@@ -416,7 +412,6 @@ impl Receiving {
             Poll::Ready(Ok(_) | Err(_)) => return Err(NotReceived::Broken),
         };
         let n = body.follow(bytes).map_err(|_| NotReceived::Broken)?;
-        meter(Moved::Bytes(Origin::Server, n as u64));
         meter(Moved::Body(n as u64));
         self.head.extend_from_slice(&bytes[n..]); // unasked: it marks the connection as spent
         let taken = match Pin::new(client).poll_write(cx, &bytes[..n]) {

@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use http::HeaderValue;
 use http::request::Parts;
+use mantle_proxy_core::model::ServerPolicy;
 use mantle_proxy_core::policy::Permit;
 use mantle_proxy_core::reasons::NoTls;
-use tokio::net::TcpStream;
 
 use super::requests::{Handles, PortUse, client_addr, client_id, permit, refusal};
 use super::{Client, Inbound, Port, Server};
 use crate::http2::{Connected, Picked, Record, Refusal, Service};
 use crate::metrics::{Direction, Layer, TlsLabel};
-use crate::record::{self, Conn, Counted};
+use crate::record::{self, Conn};
 use crate::tap::{TapRequest, TapStream, VisitHeaders};
 
 /// The requests of one client connection, or of one stream of a link, for one port.
@@ -36,13 +36,13 @@ pub(super) struct Admitted {
 pub(super) struct Call(record::Request);
 
 impl Calls {
-    pub(super) fn new(inbound: &Rc<Inbound>, client: &Rc<Client>, port: &Rc<Port>) -> Self {
-        let used = PortUse::of(inbound, client, port);
+    pub(super) fn new(inbound: &Rc<Inbound>, client: &Rc<Client>, port: &Rc<Port>, policy: &ServerPolicy) -> Self {
+        let used = PortUse::of(inbound, client, port, policy);
         Self { inbound: inbound.clone(), client: client.clone(), port: port.clone(), used }
     }
 
     /// Where the client's bytes are counted.
-    pub(super) fn src(&self) -> Option<Rc<Conn>> {
+    pub(super) fn src(&self) -> Rc<Conn> {
         self.used.src.clone()
     }
 
@@ -68,7 +68,7 @@ impl Calls {
 }
 
 impl Service for Calls {
-    type Io = Counted<TcpStream>;
+    type Io = Server;
     type Place = Admitted;
     type Ticket = Call;
 
@@ -87,9 +87,9 @@ impl Service for Calls {
         Ok(Picked { key, place: Admitted { permit, handles }, strip_response: true })
     }
 
-    async fn connect(&self, place: &Admitted) -> Result<Connected<Counted<TcpStream>>, Refusal> {
-        let Server { io, conn } = self.inbound.dial(&place.permit, &self.port).await.map_err(refusal)?;
-        Ok(Connected { io: Counted { io, conn: Some(Rc::new(conn)) }, link: None })
+    async fn connect(&self, place: &Admitted) -> Result<Connected<Server>, Refusal> {
+        let io = self.inbound.dial(&place.permit, &self.port).await.map_err(refusal)?;
+        Ok(Connected { io, link: None })
     }
 
     fn unreachable(&self, _: Admitted) -> bool {

@@ -6,16 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mantle_proxy_core::http1::{Connection, Edit, Request};
+use mantle_proxy_core::model::ServerPolicy;
 use mantle_proxy_core::policy::{self, Permit};
 use mantle_proxy_core::reasons::Denied;
-use tokio::net::TcpStream;
 
 use super::{Client, Inbound, Port, Refused, Server};
 use crate::edges::EdgeGuard;
 use crate::http1::{self, Refusal, Service};
 use crate::metrics::{Counter, Direction, Http, Labels, Layer, Verdict};
 use crate::record::{self, Conn};
-use crate::relay::Origin;
 use crate::tap::{TapRequest, TapStream};
 
 /// The requests of one client connection (or link) for one port.
@@ -28,7 +27,7 @@ pub(super) struct Requests<'a> {
 
 /// What one client connection keeps while it uses a port over HTTP: counted as one connection, with resolved handles.
 pub(super) struct PortUse {
-    pub(super) src: Option<Rc<Conn>>,
+    pub(super) src: Rc<Conn>,
     _edge: EdgeGuard,
     /// By permit; the few routes and authorizations that one client meets.
     handles: RefCell<Vec<(Permit, Rc<Handles>)>>,
@@ -41,13 +40,11 @@ pub(super) struct Handles {
 
 impl PortUse {
     /// What `client` keeps of `port`: made at its first request there.
-    pub(super) fn of(inbound: &Inbound, client: &Client, port: &Port) -> Rc<Self> {
+    pub(super) fn of(inbound: &Inbound, client: &Client, port: &Port, policy: &ServerPolicy) -> Rc<Self> {
         let mut uses = client.http.borrow_mut();
         let used = uses.entry(port.addr).or_insert_with(|| {
             let control = &inbound.cx.control;
-            let src = port.policy.now().map(|policy| {
-                Rc::new(Conn::open(record::inbound_src(&control.metrics, port.addr, &client.tls, &policy)))
-            });
+            let src = Rc::new(Conn::open(record::inbound_src(&control.metrics, port.addr, &client.tls, policy)));
             let edge = control.edges.opened(client.addr.ip(), port.addr.port(), &client.tls);
             Rc::new(Self { src, _edge: edge, handles: RefCell::default() })
         });
@@ -110,8 +107,13 @@ pub(super) fn client_addr(inbound: &Inbound, client: &Client, port: &Port) -> Op
 }
 
 impl<'a> Requests<'a> {
-    pub(super) fn new(inbound: &'a Inbound, client: &'a Client, port: &'a Port) -> Self {
-        Self { inbound, client, port, used: PortUse::of(inbound, client, port) }
+    pub(super) fn new(inbound: &'a Inbound, client: &'a Client, port: &'a Port, policy: &ServerPolicy) -> Self {
+        Self { inbound, client, port, used: PortUse::of(inbound, client, port, policy) }
+    }
+
+    /// Where the client's bytes are counted.
+    pub(super) fn src(&self) -> Rc<Conn> {
+        self.used.src.clone()
     }
 
     fn tap(&self, request: &Request<'_>) -> Option<TapStream> {
@@ -152,10 +154,10 @@ impl<'a> Requests<'a> {
 }
 
 impl Service for Requests<'_> {
-    type Io = TcpStream;
-    type Ticket = Conn;
+    type Io = Server;
+    type Ticket = ();
 
-    async fn open(&self, request: &Request<'_>) -> Result<http1::Opened<TcpStream, Conn>, Refusal> {
+    async fn open(&self, request: &Request<'_>) -> Result<http1::Opened<Server, ()>, Refusal> {
         let permit = permit(self.inbound, self.client, self.port, request.method, request.path)?;
         let handles = self.used.handles(self.inbound, self.client, self.port, &permit);
         handles.allowed.add(1);
@@ -163,25 +165,17 @@ impl Service for Requests<'_> {
         let head = self.head(request);
         let idle = self.inbound.pool.take(&(self.client.who(), self.port.addr));
         let stale = idle.is_some();
-        let Server { io, conn } = match idle {
+        let io = match idle {
             Some(server) => server,
             None => self.inbound.dial(&permit, self.port).await.map_err(refusal)?,
         };
-        Ok(http1::Opened { io, ticket: conn, record, head, stale, half_close: false, strip_response: true })
+        Ok(http1::Opened { io, ticket: (), record, head, stale, half_close: false, strip_response: true })
     }
 
-    fn responded(&self, _ticket: &mut Conn, _after: Duration) {}
+    fn responded(&self, (): &mut (), _after: Duration) {}
 
-    fn reuse(&self, conn: Conn, io: TcpStream) {
-        self.inbound.pool.put((self.client.who(), self.port.addr), Server { io, conn });
-    }
-
-    fn meter(&self, conn: &Conn, origin: Origin, bytes: u64) {
-        let src = self.used.src.as_ref();
-        match origin {
-            Origin::Client => (src.map(|src| src.read(bytes)), conn.wrote(bytes)).1,
-            Origin::Server => (src.map(|src| src.wrote(bytes)), conn.read(bytes)).1,
-        }
+    fn reuse(&self, (): (), io: Server) {
+        self.inbound.pool.put((self.client.who(), self.port.addr), io);
     }
 
     fn refused(&self, refusal: Refusal) -> bool {

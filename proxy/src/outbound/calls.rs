@@ -6,17 +6,17 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use http::request::Parts;
-use mantle_proxy_core::route::Plan;
 
 use super::requests::refusal;
 use super::{Outbound, Ticket};
+use crate::counted::Counted;
 use crate::destination::Destination;
 use crate::http2::{Connected, Picked, Record, Refusal, Service};
 use crate::link::LinkHint;
 use crate::metrics::{Direction, Layer};
-use crate::record::{self, Conn, Counted};
+use crate::record;
 use crate::tap::{TapRequest, TapStream, VisitHeaders};
-use crate::upstream::{self, Upstream};
+use crate::upstream::Upstream;
 
 /// The requests of one client connection.
 pub(super) struct Calls {
@@ -38,23 +38,18 @@ impl Service for Calls {
     type Ticket = Call;
 
     async fn pick(&self, _: &mut Parts) -> Result<Picked<Ticket>, Refusal> {
-        let node = self.dst.pick(|| self.out.cx.random.next()).await.map_err(refusal)?;
-        let reach = self.dst.reach(&self.out.cx, &node).map_err(refusal)?;
-        node.start();
-        let place = Ticket { node, reach, answered: false };
-        let strip_response = matches!(place.reach.route.plan, Plan::Plain(_));
+        let place = self.out.pick(&self.dst).await.map_err(refusal)?;
+        let strip_response = !place.is_mesh();
         Ok(Picked { key: place.key(), place, strip_response })
     }
 
     async fn connect(&self, place: &Ticket) -> Result<Connected<Counted<Upstream>>, Refusal> {
-        let (endpoint, reach) = (&place.node.endpoint, &place.reach);
-        let io = upstream::open(&self.out.cx, endpoint, &reach.route, LinkHint::Http2).await.map_err(refusal)?;
-        let link = match &io {
+        let io = self.out.open(place, LinkHint::Http2).await.map_err(refusal)?;
+        let link = match io.get() {
             Upstream::Mux(stream) => Some(stream.link()),
             Upstream::Tls(_) | Upstream::Plain(_) => None,
         };
-        let conn = Some(Rc::new(Conn::open(reach.transport.clone())));
-        Ok(Connected { io: Counted { io, conn }, link })
+        Ok(Connected { io, link })
     }
 
     fn unreachable(&self, place: Ticket) -> bool {

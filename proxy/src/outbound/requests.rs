@@ -6,12 +6,12 @@ use mantle_proxy_core::http1::{Connection, Edit, Request};
 use mantle_proxy_core::reasons::Unroutable;
 
 use super::{Opened, Outbound, Ticket};
+use crate::counted::Counted;
 use crate::destination::Destination;
 use crate::http1::{self, Refusal, Service};
 use crate::link::LinkHint;
 use crate::metrics::{Direction, Layer};
-use crate::record::{self, Conn};
-use crate::relay::Origin;
+use crate::record;
 use crate::tap::TapRequest;
 use crate::upstream::Upstream;
 
@@ -20,52 +20,29 @@ pub(super) struct Requests<'a> {
     pub(super) out: &'a Outbound,
     pub(super) dst: &'a Destination,
     pub(super) client: std::net::SocketAddr,
-    pub(super) src: &'a Conn,
-}
-
-/// What must outlive a stream to be told how it went.
-pub(super) struct Sent {
-    ticket: Ticket,
-    conn: Conn,
 }
 
 impl Service for Requests<'_> {
-    type Io = Upstream;
-    type Ticket = Sent;
+    type Io = Counted<Upstream>;
+    type Ticket = Ticket;
 
-    async fn open(&self, request: &Request<'_>) -> Result<http1::Opened<Upstream, Sent>, Refusal> {
-        let opened = self.out.connect(self.dst, LinkHint::Http1).await.map_err(refusal)?;
-        let Opened { io, conn, ticket, reused } = opened;
-        let mesh = !matches!(io, Upstream::Plain(_));
-        let is_stream = matches!(io, Upstream::Mux(_));
+    async fn open(&self, request: &Request<'_>) -> Result<http1::Opened<Self::Io, Ticket>, Refusal> {
+        let Opened { io, ticket, reused } = self.out.connect(self.dst, LinkHint::Http1).await.map_err(refusal)?;
+        let is_stream = matches!(io.get(), Upstream::Mux(_));
         let mut head = Vec::with_capacity(request.head_len() + ADDED);
         request.forward(&mut head, &Edit { strip_reserved: true, connection: Connection::Default, add: &[] });
         let record =
             record::Request::begin(ticket.reach.http(&self.out.cx.control.metrics), self.tap(request, &ticket));
-        Ok(http1::Opened {
-            io,
-            ticket: Sent { ticket, conn },
-            record,
-            head,
-            stale: reused || is_stream,
-            half_close: is_stream,
-            strip_response: !mesh,
-        })
+        let (stale, half_close, strip_response) = (reused || is_stream, is_stream, !ticket.is_mesh());
+        Ok(http1::Opened { io, ticket, record, head, stale, half_close, strip_response })
     }
 
-    fn responded(&self, sent: &mut Sent, after: Duration) {
-        sent.ticket.responded(self.dst.now(), after);
+    fn responded(&self, ticket: &mut Ticket, after: Duration) {
+        ticket.responded(self.dst.now(), after);
     }
 
-    fn reuse(&self, sent: Sent, io: Upstream) {
-        self.out.keep(sent.ticket, sent.conn, io);
-    }
-
-    fn meter(&self, sent: &Sent, origin: Origin, bytes: u64) {
-        match origin {
-            Origin::Client => (self.src.read(bytes), sent.conn.wrote(bytes)).0,
-            Origin::Server => (self.src.wrote(bytes), sent.conn.read(bytes)).0,
-        }
+    fn reuse(&self, ticket: Ticket, io: Self::Io) {
+        self.out.keep(&ticket, io);
     }
 
     fn refused(&self, refusal: Refusal) -> bool {
