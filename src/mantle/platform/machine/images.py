@@ -245,12 +245,24 @@ def can_reach(path: str, viewer: Viewer) -> bool:
     return True
 
 
+def _interpreter(program: Path) -> list[Path]:
+    """What runs a script that begins with `#!`; nothing for other programs, and for one that cannot be read."""
+    try:
+        with program.open("rb") as script:
+            first = script.readline(256)
+    except OSError:
+        return []
+    words = first[2:].split() if first.startswith(b"#!") else []
+    return [Path(os.fsdecode(words[0]))] if words else []
+
+
 def exposures(program: str, cwd: str, viewer: Viewer) -> list[str]:
     """Directories that a pod must be shown because the viewer cannot reach them: where the program, its interpreter's
     libraries and its working directory lie.
     """
     wanted = [Path(cwd)] if cwd != "/" else []
-    for path in {Path(program), Path(program).resolve()}:
+    programs = [Path(program), *_interpreter(Path(program))]
+    for path in {each for named in programs for each in (named, named.resolve())}:
         prefix = path.parent.parent
         whole = path.parent.name == "bin" and (prefix / "lib").is_dir() and bool(prefix.stat().st_mode & 0o001)
         wanted.append(prefix if whole else path.parent)
