@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -219,6 +220,19 @@ def test_a_bent_bit_anywhere_is_noticed() -> None:
 def test_the_common_name_may_be_empty_or_the_identity() -> None:
     for common_name in (None, IDENTITY):
         assert isinstance(ca.check_csr(request(common_name=common_name), IDENTITY), CheckedCsr)
+
+
+def test_a_common_name_longer_than_64_characters_is_read_in_silence() -> None:
+    """Proxies write their whole identity there, and cryptography warns of it: warnings are errors in these tests."""
+    identity = "mantle-destination.mantle.serviceaccount.identity.mantle.cluster.local"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        long = x509.NameAttribute(NameOID.COMMON_NAME, identity, _validate=False)
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([long]))
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(identity)]), critical=False)
+    der = builder.sign(key, hashes.SHA256()).public_bytes(DER)
+    assert isinstance(ca.check_csr(der, identity), CheckedCsr)
 
 
 # ---- leaves ----

@@ -21,21 +21,20 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
-from mantle.control import answers, destination, identity, policy
 from mantle.control.admin import admin_server
-from mantle.control.topics import Topics
 from mantle.core.annotations import POLICIES
-from mantle.core.ca import CLOCK_SKEW, LEAF_LIFETIME, Issuer, Refusal, check_issuer
 from mantle.core.model import Key
 from mantle.core.names import BadName, MeshNames, mesh_names
-from mantle.core.ratelimit import RateLimiter
 from mantle.core.world import DEFAULT_POLICY, EVERYWHERE, PRIVATE_NETWORKS, Mesh, Network, World
 from mantle.platform.remote import RemotePlatform
+
+if TYPE_CHECKING:
+    from mantle.control.identity import IssuerFiles
 
 log = logging.getLogger("mantle.control")
 
@@ -55,6 +54,8 @@ CERTIFY_RATE, CERTIFY_BURST = 5.0, 20
 
 def identity_main(argv: Sequence[str]) -> int:
     """`python -m mantle.control_plane identity`: serves Certify until SIGTERM. Returns the exit code."""
+    from mantle.core.ca import CLOCK_SKEW, LEAF_LIFETIME
+
     flags = _common("identity", listen="0.0.0.0:8080", admin="0.0.0.0:9990")
     flags.add_argument("--issuer", type=Path, required=True, help="directory with crt.pem and key.pem (P-256)")
     flags.add_argument("--trust-roots", type=Path, required=True, help="PEM bundle")
@@ -70,6 +71,11 @@ def identity_main(argv: Sequence[str]) -> int:
 
 
 async def serve_identity(options: argparse.Namespace) -> None:
+    # Each program imports only its own parts: a pod's start waits for them.
+    from mantle.control import identity
+    from mantle.core.ca import Issuer, Refusal, check_issuer
+    from mantle.core.ratelimit import RateLimiter
+
     registry = CollectorRegistry()
     issuer = identity.IssuerFiles(options.issuer / "crt.pem", options.issuer / "key.pem", options.trust_roots)
     issuer.refresh()
@@ -105,7 +111,7 @@ async def serve_identity(options: argparse.Namespace) -> None:
         watcher.cancel()
 
 
-async def _refresh(issuer: identity.IssuerFiles) -> None:
+async def _refresh(issuer: IssuerFiles) -> None:
     while True:
         await asyncio.sleep(ISSUER_CHECK)
         issuer.refresh()
@@ -134,6 +140,9 @@ def destination_main(argv: Sequence[str]) -> int:
 
 
 async def serve_destination(options: argparse.Namespace) -> None:
+    from mantle.control import answers, destination, policy
+    from mantle.control.topics import Topics
+
     mesh = Mesh(
         options.names,
         options.cluster_domain,

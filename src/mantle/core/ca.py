@@ -10,6 +10,7 @@ ECDSA. Who may have which name is not decided here (`control/identity.py`), nor 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -204,7 +205,7 @@ def check_csr(der: bytes, identity: str) -> CheckedCsr | Refusal:
         csr = x509.load_der_x509_csr(der)
         key = csr.public_key()
         names = _requested_names(csr)
-        common_names = [str(attribute.value) for attribute in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        common_names = _common_names(csr)
         algorithm = csr.signature_hash_algorithm
     except Exception as error:
         # The parser's errors for hostile bytes are many (ValueError, UnsupportedAlgorithm, ParseError, …), and all mean
@@ -449,6 +450,15 @@ def _requested_names(csr: x509.CertificateSigningRequest) -> list[tuple[str, str
         x509.RFC822Name: "email",
     }
     return [(kinds.get(type(name), type(name).__name__), str(name.value)) for name in names]
+
+
+def _common_names(csr: x509.CertificateSigningRequest) -> list[str]:
+    """The request's common names. Some are longer than the 64 characters of RFC 5280, as proxies write the whole
+    identity.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attribute's length must be", UserWarning)
+        return [str(attribute.value) for attribute in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
 
 
 def _key_kind(key: object) -> str:
