@@ -11,15 +11,14 @@ from mantle.cli.output import Failure
 from mantle.cli.podnames import choose_container, find_pod
 
 
-@mesh_command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@mesh_command()
 @click.argument("pod", metavar="POD|deploy/NAME")
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[-c NAME] [-it] -- CMD [ARG…]")
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="-- CMD [ARG…]")
 @click.option("-c", "--container", metavar="NAME", help="Which container (default: the application's first).")
 @click.option("-i", "--stdin", is_flag=True, help="Pass standard input on (it is anyway).")
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
-def command(flags: Globals, pod: str, words: tuple[str, ...], container: str | None, stdin: bool, tty: bool) -> int:
+def command(flags: Globals, pod: str, argv: tuple[str, ...], container: str | None, stdin: bool, tty: bool) -> int:
     """Run a command inside a pod. Its exit code becomes ours; signals are passed on."""
-    container, tty, argv = _split(list(words), container, tty)
     if not argv:
         raise click.UsageError("name a command after --, for example: mantle exec deploy/web -- sh")
     from mantle.cli.machine_client import MachineClient
@@ -42,20 +41,3 @@ def command(flags: Globals, pod: str, words: tuple[str, ...], container: str | N
         raise Failure(
             f"pod {found['name']} does not answer: {error.strerror or error}", fix="see `mantle ps`"
         ) from error
-
-
-def _split(words: list[str], container: str | None, tty: bool) -> tuple[str | None, bool, list[str]]:
-    """Our flags that stand between the pod and `--`, then the command: `POD -c web -it -- sh`."""
-    while words and words[0] != "--":
-        word = words.pop(0)
-        if word in ("-c", "--container") and words:
-            container = words.pop(0)
-        elif word.startswith("--container="):
-            container = word.partition("=")[2]
-        elif word in ("-t", "--tty", "-it", "-ti"):
-            tty = True
-        elif word in ("-i", "--stdin"):
-            continue
-        else:
-            return container, tty, [word, *words]
-    return container, tty, words[1:]

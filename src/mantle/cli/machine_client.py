@@ -40,8 +40,8 @@ def node_lives(directory: Path) -> bool:
     """Does the node of the mesh in this directory run, whatever became of its daemon?"""
     try:
         known = json.loads((directory / "mesh.json").read_text())
-        began = Path(f"/proc/{known['node_pid']}/stat").read_text().rpartition(")")[2].split()[19]
-        return int(began) == int(known["node_start"])
+        fields = Path(f"/proc/{known['node_pid']}/stat").read_text().rpartition(")")[2].split()
+        return fields[0] not in "ZX" and int(fields[19]) == int(known["node_start"])
     except (OSError, ValueError, KeyError, IndexError):
         return False
 

@@ -69,7 +69,8 @@ def read_status(pod_dir: str | Path) -> PodStatus | None:
 def process_start(pid: int) -> int | None:
     """When a process started (clock ticks since boot), to tell it from a later one with its pid; None: it is gone."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])  # a zombie is gone, whatever its parent does
     except (FileNotFoundError, ProcessLookupError):
         return None
 

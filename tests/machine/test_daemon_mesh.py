@@ -1,0 +1,230 @@
+"""The commands of a mesh on a host of its own, as root and as a user: up, exec, logs, change, kill -9, down.
+
+Applications here are outside the mesh (`mantle.dev/inject: disabled`): this tests the machine, not the proxy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mantle.platform.machine.state import state_root
+
+# ruff: noqa: ASYNC240
+pytestmark = [pytest.mark.root, pytest.mark.mesh]
+
+APP = """\
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  selector: {app: web}
+  ports: [{name: http, port: 80, targetPort: http}]
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: page, namespace: shop}
+data: {index.html: "hello from %(colour)s\\n"}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web, namespace: shop}
+spec:
+  replicas: %(replicas)s
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}, annotations: {mantle.dev/inject: disabled}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers:
+        - name: web
+          image: acme/web:1
+          workingDir: /srv/page
+          env: [{name: ME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}]
+          ports: [{name: http, containerPort: 8080}]
+          readinessProbe: {httpGet: {path: /, port: http}}
+          volumeMounts: [{name: page, mountPath: /srv/page}]
+      volumes: [{name: page, configMap: {name: page}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client, namespace: shop, annotations: {mantle.dev/inject: disabled}}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers: [{name: client, image: acme/sleep}]
+"""
+IMAGES = """\
+images:
+  acme/web: {command: [%(python)s, -u, -m, http.server, "8080"]}
+  acme/sleep: {command: [%(python)s, -c, "import time; time.sleep(1000)"]}
+"""
+FETCH = "import urllib.request as u; print(u.urlopen('http://%s/', timeout=3).read().decode().strip())"
+
+
+async def mantle(*words: str, code: int | None = 0) -> str:
+    """Runs a command; its standard output. `code`: the exit code it must have, None for any."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "mantle", "--mesh", "m", *words,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    out, err = await process.communicate()
+    if code is not None:
+        assert process.returncode == code, (
+            f"mantle {' '.join(words)}: {process.returncode}\n{out.decode()}\n{err.decode()}"
+        )
+    return out.decode() + ("" if words[-1] == "json" else err.decode())
+
+
+async def status() -> dict[str, Any]:
+    return json.loads(await mantle("ps", "-o", "json"))  # type: ignore[no-any-return]
+
+
+async def until_ready(*names: str) -> dict[str, Any]:
+    """Waits until every pod of these workloads is ready."""
+    while True:
+        now = await status()
+        pods = [p for p in now["pods"] if p["owner"]["name"] in names]
+        if {p["owner"]["name"] for p in pods} == set(names) and all(p["ready"] for p in pods):
+            return now
+
+
+async def fetch(where: str) -> str:
+    return (await mantle("exec", "client", "-n", "shop", "--", sys.executable, "-c", FETCH % where)).strip()
+
+
+def write_app(directory: Path, colour: str = "red", replicas: int = 2) -> str:
+    directory.mkdir(exist_ok=True)
+    file = directory / "app.yml"
+    file.write_text(APP % {"colour": colour, "replicas": replicas})
+    (directory / "mantle.images.yml").write_text(IMAGES % {"python": sys.executable})
+    return str(file)
+
+
+def processes() -> set[str]:
+    """Every process of this host but us, as its command line."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            line = (entry / "cmdline").read_bytes() if entry.exists() else b""
+            if line:  # a zombie has none
+                found.add(line.replace(b"\0", b" ").decode())
+    return found
+
+
+def prepare(proxy: Path) -> None:
+    os.environ["MANTLE_PROXY_PATH"] = str(proxy)
+
+
+def test_a_mesh_lives_changes_survives_its_daemon_and_leaves_nothing(host: Any, mantle_proxy: Path) -> None:
+    async def scene() -> None:
+        home = state_root().parent / "app"
+        before = {p.name for p in Path("/sys/class/net").iterdir()}
+        file = write_app(home)
+        await mantle("up", "-d", "--timeout", "1", file, code=None)
+        now = await until_ready("web", "client")
+        pods = {p["name"]: p for p in now["pods"] if p["namespace"] == "shop"}
+        assert len(pods) == 3 and not any(p["meshed"] for p in pods.values())
+        for name in ("web", "web.shop", "web.shop.svc.cluster.local"):
+            assert await fetch(name) == "hello from red"
+        web = next(name for name in pods if name.startswith("web-"))
+        assert (
+            (await mantle("exec", "deploy/web", "-n", "shop", "--", "sh", "-c", "echo $ME; exit 7", code=7))
+            .strip()
+            .startswith("web-")
+        )
+        assert '"GET / HTTP/1.1" 200' in await mantle("logs", web, "-n", "shop")
+
+        # a ConfigMap reaches running pods; a changed Deployment is replaced; what left the file is removed
+        said = await mantle("up", "-d", "--timeout", "1", write_app(home, "blue"), code=None)
+        assert (
+            "configmap/page (namespace shop) configured" in said and "deployment/web (namespace shop) unchanged" in said
+        )
+        assert await fetch("web") == "hello from blue"
+        await mantle("up", "-d", "--timeout", "1", write_app(home, "blue", replicas=1), code=None)
+        assert len([p for p in (await until_ready("web"))["pods"] if p["owner"]["name"] == "web"]) == 1
+
+        # the daemon dies: pods stay what they are, and another one answers
+        was = await status()
+        os.kill(was["daemon_pid"], signal.SIGKILL)
+        assert await fetch("web") == "hello from blue"
+        again = await status()
+        assert again["daemon_pid"] != was["daemon_pid"]
+        assert {p["uid"] for p in again["pods"]} == {p["uid"] for p in was["pods"]}
+        assert sum(p["restarts"] for p in again["pods"] if p["namespace"] == "shop") == 0
+
+        await mantle("down")
+        assert not any("mantle" in line for line in processes()), processes()
+        assert {p.name for p in Path("/sys/class/net").iterdir()} == before
+        assert not state_root().exists() or not any(state_root().iterdir())
+        assert "/mantle/" not in Path("/proc/self/mounts").read_text()
+
+    host.play(scene, seconds=90, prepare=lambda: prepare(mantle_proxy))
+
+
+def test_down_after_every_process_was_killed(host: Any, mantle_proxy: Path) -> None:
+    async def scene() -> None:
+        await mantle("up", "-d", "--timeout", "1", write_app(state_root().parent / "app"), code=None)
+        known = json.loads((state_root() / "m" / "daemon.json").read_text())
+        node = json.loads((state_root() / "m" / "mesh.json").read_text())["node_pid"]
+        for pid in (known["supervisor_pid"], known["daemon_pid"], node):
+            os.kill(pid, signal.SIGKILL)
+        said = await mantle("ps", code=1)
+        assert "not running" in said, said
+        await mantle("down")
+        assert not state_root().exists() and not any("mantle" in line for line in processes())
+        assert "not running" in await mantle("down")
+
+    host.play(scene, seconds=60, prepare=lambda: prepare(mantle_proxy))
+
+
+def test_port_forward_reaches_a_service_from_the_host(host: Any, mantle_proxy: Path) -> None:
+    async def scene() -> None:
+        await mantle("up", "-d", "--timeout", "1", write_app(state_root().parent / "app"), code=None)
+        await until_ready("web")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "mantle", "--mesh", "m", "port-forward", "-n", "shop", "svc/web", "0:http",
+            stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        assert process.stdout is not None
+        line = (await process.stdout.readline()).decode()
+        address = line.split()[2]
+        answer = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{address}/", timeout=5).read())
+        assert answer == b"hello from red\n"
+        process.send_signal(signal.SIGINT)
+        await process.wait()
+        await mantle("down")
+
+    host.play(scene, seconds=60, prepare=lambda: prepare(mantle_proxy))
+
+
+def test_wrong_files_start_nothing(host: Any, mantle_proxy: Path) -> None:
+    async def scene() -> None:
+        home = state_root().parent / "app"
+        file = Path(write_app(home))
+        file.write_text(
+            file.read_text()
+            .replace("image: acme/sleep", "imagee: acme/sleep")
+            .replace("{app: web}\n  ports", "{app: wbe}\n  ports")
+        )
+        (home / "mantle.images.yml").unlink()
+        said = await mantle("up", "-d", str(file), str(home / "none.yml"), code=1)
+        assert "none.yml: no such file" in said
+        began = time.monotonic()
+        said = await mantle("up", "-d", str(file), code=1)
+        line = 1 + file.read_text().split("\n").index("  containers: [{name: client, imagee: acme/sleep}]")
+        assert f"app.yml:{line}: pod/client: unknown field spec.containers[0].imagee" in said.replace(
+            str(home) + "/", ""
+        )
+        assert "the image acme/web:1 is not mapped" in said and "command: [web]" in said
+        assert time.monotonic() - began < 20 and not state_root().exists() and not processes()
+
+    host.play(scene, seconds=60, prepare=lambda: prepare(mantle_proxy))
