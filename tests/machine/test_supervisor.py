@@ -278,6 +278,12 @@ def test_programs_in_private_directories(root_host: Any) -> None:
             first, second = mesh.log("b", "app")
             assert re.fullmatch(r"from /dev/fd/\d+ x", first)
             assert second == "text"
+            (home / "broken").write_text("#!/run/home/private/sh\n")
+            (home / "broken").chmod(0o755)
+            broken = ContainerSpec("app", Role.APP, (f"{home}/broken",))
+            await mesh.start("d", "10.203.0.8", broken, restart=Restart.NEVER)
+            told = (await mesh.ended("d")).containers[0].message
+            assert told == f"Permission denied: {home}/broken, or the interpreter it names"
             look = shell("app", f"ls {home}; cat {home}/secret")
             await mesh.start("c", "10.203.0.7", look, restart=Restart.NEVER, expose=(f"{home}/shown",))
             await mesh.ended("c")

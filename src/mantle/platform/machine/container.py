@@ -200,8 +200,13 @@ def _become(place: Place, spec: ContainerSpec, program: int, out: int, err: int)
     env = dict(spec.env)
     try:
         os.execve(spec.argv[0], spec.argv, env)
-    except (PermissionError, FileNotFoundError, NotADirectoryError):
-        os.execve(program, spec.argv, env)
+    except (PermissionError, FileNotFoundError, NotADirectoryError) as by_path:
+        try:
+            os.execve(program, spec.argv, env)
+        except OSError:
+            if os.get_inheritable(program):
+                raise OSError(f"{by_path.strerror}: {spec.argv[0]}, or the interpreter it names") from None
+            raise by_path from None
     os._exit(START_FAILED)
 
 
