@@ -28,7 +28,9 @@ def state_root() -> Path:
 
 
 def running_meshes(root: Path) -> list[str]:
-    """Names of the meshes under `root` whose pods run, sorted; their daemon may have died (`MachineClient` revives it)."""
+    """Names of the meshes under `root` whose pods run, sorted; their daemon may have died (`MachineClient` revives
+    it).
+    """
     try:
         candidates = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     except OSError:
@@ -128,7 +130,9 @@ class MachineClient:
                 yield response
 
     def _revive(self) -> bool:
-        """Starts the daemon of a mesh whose pods run without one; once, so that one that cannot start ends in an error."""
+        """Starts the daemon of a mesh whose pods run without one; once, so that one that cannot start ends in an
+        error.
+        """
         directory = self.root / self.mesh
         if self._revived or self.root != state_root() or not node_lives(directory):
             return False

@@ -245,7 +245,7 @@ async def _serve(config: MeshConfig, store: StateDir, node_pid: int, ready: Any,
         server = await platform_server.start(platform, store.control / "platform.sock", chown=not machine.rootless)
         keep(controller.run(), "controller")
         keep(token_files.run(), "tokens")
-        keep(_node_gone(runtime, ended), "node")
+        keep(_node_gone(runtime, controller, ended), "node")
 
         async def down() -> AsyncIterator[dict[str, Any]]:
             async for event in _down(controller, runtime, store):
@@ -278,10 +278,11 @@ def _watch_task(task: asyncio.Task[Any], ended: Any) -> None:
         ended(4)
 
 
-async def _node_gone(runtime: Any, ended: Any) -> None:
+async def _node_gone(runtime: Any, controller: Any, ended: Any) -> None:
     await runtime.wait_gone()
-    log.error("the node is gone")
-    ended(NODE_GONE)
+    if not controller.closing:
+        log.error("the node is gone")
+    ended(0 if controller.closing else NODE_GONE)
 
 
 async def _down(controller: Any, runtime: Any, store: StateDir) -> AsyncIterator[dict[str, Any]]:
