@@ -60,8 +60,8 @@ class RemotePlatform:
         self._reviews = _Reviews(
             self._channel.stream_stream(
                 f"{SERVICE}/ReviewTokens",
-                request_serializer=pb.ReviewTokenRequest.SerializeToString,
-                response_deserializer=pb.ReviewTokenResponse.FromString,
+                request_serializer=pb.ReviewTokensRequest.SerializeToString,
+                response_deserializer=pb.ReviewTokensResponse.FromString,
             )
         )
 
@@ -154,10 +154,11 @@ class _Reviews:
         writer = asyncio.get_running_loop().create_task(_write_all(call, questions))
         problem = "it ended the reviews"
         try:
-            async for answer in call:
-                waiting = self._waiting.popleft()
-                if not waiting.done():
-                    waiting.set_result(answer)
+            async for message in call:
+                for answer in message.answers:
+                    waiting = self._waiting.popleft()
+                    if not waiting.done():
+                        waiting.set_result(answer)
         except grpc.aio.AioRpcError as error:
             problem = f"{error.code().name.lower()}: {error.details()}"
         finally:
@@ -173,4 +174,7 @@ class _Reviews:
 async def _write_all(call: Any, questions: asyncio.Queue[pb.ReviewTokenRequest]) -> None:
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader learns of it, too
         while True:
-            await call.write(await questions.get())
+            batch = [await questions.get()]
+            while not questions.empty():
+                batch.append(questions.get_nowait())
+            await call.write(pb.ReviewTokensRequest(questions=batch))

@@ -35,10 +35,10 @@ def handler(platform: ServedPlatform) -> grpc.GenericRpcHandler[Any, Any]:
             before = now
             yield change.SerializeToString()
 
-    async def review_tokens(requests: AsyncIterator[pb.ReviewTokenRequest], _: Any) -> AsyncIterator[bytes]:
+    async def review_tokens(requests: AsyncIterator[pb.ReviewTokensRequest], _: Any) -> AsyncIterator[bytes]:
         async for request in requests:
-            outcome = await platform.review_token(request.token, list(request.audiences))
-            yield review_to_proto(outcome).SerializeToString()
+            outcomes = [await platform.review_token(one.token, list(one.audiences)) for one in request.questions]
+            yield pb.ReviewTokensResponse(answers=map(review_to_proto, outcomes)).SerializeToString()
 
     async def jwks(_: pb.JwksRequest, __: Any) -> bytes:
         return pb.JwksResponse(json=platform.jwks()).SerializeToString()
@@ -48,7 +48,7 @@ def handler(platform: ServedPlatform) -> grpc.GenericRpcHandler[Any, Any]:
         {
             "Watch": grpc.unary_stream_rpc_method_handler(watch, pb.WatchRequest.FromString, None),
             "ReviewTokens": grpc.stream_stream_rpc_method_handler(
-                review_tokens, pb.ReviewTokenRequest.FromString, None
+                review_tokens, pb.ReviewTokensRequest.FromString, None
             ),
             "Jwks": grpc.unary_unary_rpc_method_handler(jwks, pb.JwksRequest.FromString, None),
         },

@@ -439,6 +439,46 @@ class Namespace(_message.Message):
 Global___Namespace: _TypeAlias = Namespace  # noqa: Y015
 
 @_typing.final
+class ReviewTokensRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUESTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def questions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReviewTokenRequest]: ...
+    def __init__(
+        self,
+        *,
+        questions: _abc.Iterable[Global___ReviewTokenRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["questions", b"questions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviewTokensRequest: _TypeAlias = ReviewTokensRequest  # noqa: Y015
+
+@_typing.final
+class ReviewTokensResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReviewTokenResponse]: ...
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___ReviewTokenResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviewTokensResponse: _TypeAlias = ReviewTokensResponse  # noqa: Y015
+
+@_typing.final
 class ReviewTokenRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
