@@ -40,7 +40,7 @@ class ContainerPort:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The workload a pod belongs to, as users name it: `Deployment/web`, never the ReplicaSet between; else `Pod/NAME`."""
+    """The workload a pod belongs to, as users say it: `Deployment/web`, not the ReplicaSet between; else `Pod/NAME`."""
 
     kind: str
     name: str

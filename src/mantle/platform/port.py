@@ -1,7 +1,7 @@
 """The platform port: what identity, destination and viz need from wherever they run, and nothing more.
 
-Implemented by `platform.remote` (the `mantle.v1.Platform` client that control-plane pods use on one machine) and, later,
-by `platform.kubernetes`.
+Implemented by `platform.remote` (the `mantle.v1.Platform` client that control-plane pods use on one machine) and,
+later, by `platform.kubernetes`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class TokenClaims:
 
 @dataclass(frozen=True, slots=True)
 class TokenRejected:
-    """Why a token was not accepted. `reason` is one of `core.reasons.TokenReason`; `detail` says what was found and what was wanted."""
+    """Why a token was not accepted. `reason` is one of `core.reasons.TokenReason`; `detail` says what was found and
+    what was wanted.
+    """
 
     reason: str
     detail: str
@@ -37,7 +39,8 @@ class Platform(Protocol):
     """The world as the mesh sees it."""
 
     def watch(self) -> AsyncIterator[Snapshot]:
-        """Yields the newest snapshot, then each newer one; never ends by itself, reconnects by itself, never a backlog."""
+        """Yields the newest snapshot, then each newer one; never ends by itself, reconnects by itself, never a backlog.
+        """
         ...
 
     async def review_token(self, token: bytes, audiences: Sequence[str]) -> TokenClaims | TokenRejected:
