@@ -43,6 +43,7 @@ pub(crate) type OriginalDst = fn(&TcpStream) -> io::Result<SocketAddr>;
 
 /// Runs the proxy until it is told to end. `env` reads one environment variable.
 pub(crate) fn run(env: impl Fn(&str) -> Option<String>) -> ExitCode {
+    socket::no_huge_pages();
     let config = match Config::load(env) {
         Ok(config) => Arc::new(config),
         Err(errors) => {

@@ -15,6 +15,7 @@ use mantle_proxy_core::model::Cidr;
 use mantle_proxy_core::policy::DefaultPolicy;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, DnsName};
+use tracing_subscriber::filter::{LevelFilter, Targets};
 
 /// The exit code of a process whose configuration is wrong (`EX_USAGE`).
 pub(crate) const EXIT_BAD_CONFIG: u8 = 64;
@@ -66,8 +67,7 @@ pub(crate) struct Config {
     pub(crate) cores: usize,
     /// `SO_MARK` of every socket that the proxy itself dials.
     pub(crate) outbound_mark: Option<u32>,
-    /// A `tracing` filter.
-    pub(crate) log: String,
+    pub(crate) log: Targets,
     pub(crate) log_format: LogFormat,
 }
 
@@ -123,11 +123,6 @@ impl PortSet {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = u16> + '_ {
         self.0.iter().flat_map(|&(low, high)| low..=high)
-    }
-
-    /// How many ports it names.
-    pub(crate) fn len(&self) -> usize {
-        self.0.iter().map(|&(low, high)| usize::from(high - low) + 1).sum()
     }
 }
 
@@ -218,7 +213,7 @@ impl Env<'_> {
                 from_str(value).filter(|threads| (1..=64).contains(threads))
             }),
             outbound_mark: self.parsed("OUTBOUND_MARK", "a number other than 0, decimal or 0x…", mark),
-            log: self.or_default("LOG", DEFAULT_LOG.to_owned(), "a filter such as warn,mantle=info", log_filter),
+            log: self.or_default("LOG", default_log(), "levels such as warn,mantle=debug", log_levels),
             log_format: self.or_default("LOG_FORMAT", LogFormat::Plain, "PLAIN or JSON", log_format),
             identity: identity?,
             destination: destination?,
@@ -333,8 +328,6 @@ impl Env<'_> {
     }
 }
 
-pub(crate) const DEFAULT_LOG: &str = "warn,mantle=info";
-
 const ADDRESS: &str = "IP:PORT";
 const ADDRESSES: &str = "IP:PORT, or two of them with a comma";
 const IDENTITY: &str = "a DNS name such as SA.NAMESPACE.serviceaccount.identity.mantle.cluster.local";
@@ -427,8 +420,15 @@ fn mark(value: &str) -> Option<u32> {
     number.filter(|mark| *mark != 0)
 }
 
-fn log_filter(value: &str) -> Option<String> {
-    tracing_subscriber::EnvFilter::try_new(value).ok().map(|_| value.to_owned())
+/// `level` and `target=level` with commas. What linkerd2-proxy takes beyond that, filters of spans and fields in
+/// brackets, is left out: this proxy has no spans.
+fn log_levels(value: &str) -> Option<Targets> {
+    let levels: Vec<_> = value.split(',').filter(|directive| !directive.contains('[')).collect();
+    levels.join(",").parse().ok()
+}
+
+fn default_log() -> Targets {
+    Targets::new().with_default(LevelFilter::WARN).with_target("mantle", LevelFilter::INFO)
 }
 
 fn log_format(value: &str) -> Option<LogFormat> {

@@ -11,11 +11,11 @@ pub(crate) mod testing;
 use std::io;
 use std::sync::Arc;
 
-use linkerd2_proxy_api::destination::destination_client::DestinationClient;
-use linkerd2_proxy_api::inbound::inbound_server_policies_client::InboundServerPoliciesClient;
-use linkerd2_proxy_api::outbound::outbound_policies_client::OutboundPoliciesClient;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{Config, ControlAddr, LogFormat};
 use crate::control::client::ClientTls;
@@ -91,22 +91,17 @@ pub(crate) fn start(config: Arc<Config>, shutdown: Shutdown, mut drain: Drain) -
 fn clients(config: &Config, credentials: &CredentialsWatch) -> Clients {
     let dial = Dial { mark: config.outbound_mark, timeout: config.outbound_connect_timeout };
     let channel = |addr: &ControlAddr| client::channel(addr, ClientTls::Identity(credentials.clone()), dial);
-    let policy = channel(&config.policy);
-    Clients {
-        destination: DestinationClient::new(channel(&config.destination)),
-        outbound: OutboundPoliciesClient::new(policy.clone()),
-        inbound: InboundServerPoliciesClient::new(policy),
-    }
+    Clients::new(channel(&config.destination), channel(&config.policy))
 }
 
-/// Installs the log: plain lines or JSON on standard error, filtered by `MANTLE_PROXY_LOG`. Once per process.
+/// Installs the log: plain lines or JSON on standard error, with the levels of `MANTLE_PROXY_LOG`. Once per process.
 pub(crate) fn init_log(config: &Config) {
-    let filter = tracing_subscriber::EnvFilter::new(&config.log);
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let registry = tracing_subscriber::registry();
     // A second call, as tests make it, leaves the first one's log.
     let _ = match config.log_format {
-        LogFormat::Plain => lines.with_ansi(false).try_init(),
-        LogFormat::Json => lines.json().try_init(),
+        LogFormat::Plain => registry.with(lines.with_ansi(false).with_filter(config.log.clone())).try_init(),
+        LogFormat::Json => registry.with(lines.json().with_filter(config.log.clone())).try_init(),
     };
 }
 

@@ -121,9 +121,24 @@ impl Connections {
 
 /// Clients over lazily connected channels: `control.rs` makes them.
 pub(crate) struct Clients {
-    pub(crate) destination: DestinationClient<Channel>,
-    pub(crate) outbound: OutboundPoliciesClient<Channel>,
-    pub(crate) inbound: InboundServerPoliciesClient<Channel>,
+    destination: DestinationClient<Channel>,
+    outbound: OutboundPoliciesClient<Channel>,
+    inbound: InboundServerPoliciesClient<Channel>,
+    destination_service: follow::Service,
+    policy_service: follow::Service,
+}
+
+impl Clients {
+    /// `destination` and `policy` are the channels to the two services.
+    pub(crate) fn new(destination: Channel, policy: Channel) -> Self {
+        Self {
+            destination: DestinationClient::new(destination),
+            outbound: OutboundPoliciesClient::new(policy.clone()),
+            inbound: InboundServerPoliciesClient::new(policy),
+            destination_service: follow::Service::new("destination"),
+            policy_service: follow::Service::new("policy"),
+        }
+    }
 }
 
 struct Entry {

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use linkerd2_proxy_api::identity::identity_client::IdentityClient;
 use linkerd2_proxy_api::identity::{CertifyRequest, CertifyResponse};
+use mantle_proxy_core::escape::Escaped;
 use mantle_proxy_core::renew;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -58,18 +59,21 @@ impl fmt::Display for Failed {
     }
 }
 
-/// A status with what caused it, as "connection refused" hides behind "transport error".
+/// A status with its root cause, which some messages leave out.
 struct Causes<'a>(&'a Status);
 
 impl fmt::Display for Causes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", mantle_proxy_core::escape::Escaped(self.0.message().as_bytes()))?;
-        let mut cause = std::error::Error::source(self.0);
-        while let Some(why) = cause {
-            write!(f, ": {}", mantle_proxy_core::escape::Escaped(why.to_string().as_bytes()))?;
-            cause = why.source();
+        let message = self.0.message();
+        write!(f, "{}", Escaped(message.as_bytes()))?;
+        let mut root = std::error::Error::source(self.0);
+        while let Some(deeper) = root.and_then(std::error::Error::source) {
+            root = Some(deeper);
         }
-        Ok(())
+        match root.map(ToString::to_string) {
+            Some(root) if !message.contains(&root) => write!(f, ": {}", Escaped(root.as_bytes())),
+            Some(_) | None => Ok(()),
+        }
     }
 }
 

@@ -46,7 +46,7 @@ fn a_minimal_environment_has_the_documented_defaults() {
     assert_eq!(config.outbound_connect_timeout, Duration::from_secs(1));
     assert_eq!(config.identity.min_refresh, Duration::from_secs(10));
     assert_eq!(config.cores, 1);
-    assert_eq!((config.log.as_str(), config.log_format), (DEFAULT_LOG, LogFormat::Plain));
+    assert_eq!((config.log.to_string().as_str(), config.log_format), ("mantle=info,warn", LogFormat::Plain));
     assert_eq!(config.identity.svc, ControlAddr { host: "127.0.0.1".into(), port: 8080, name: None });
     assert_eq!(config.destination.name, None);
     assert_eq!(config.policy.to_string(), "mantle-destination.mantle.svc.cluster.local:8090");
@@ -79,13 +79,15 @@ fn every_value_format_is_accepted() {
         ("MANTLE_PROXY_SHUTDOWN_GRACE_PERIOD", " 3m "),
         ("MANTLE_PROXY_INBOUND_DETECT_TIMEOUT", "0"),
         ("MANTLE_PROXY_LOG_FORMAT", "json"),
+        ("MANTLE_PROXY_LOG", "error,mantle=trace,[{headers}]=off"),
         ("MANTLE_PROXY_SHUTDOWN_ENDPOINT_ENABLED", "true"),
         ("MANTLE_PROXY_TAP_SVC_NAME", "mantle-viz.mantle.serviceaccount.identity.mantle.cluster.local"),
     ]);
-    assert_eq!(config.inbound_ports.len(), 11);
+    assert_eq!(config.inbound_ports.iter().count(), 11);
     assert!(config.inbound_ports.contains(9) && !config.inbound_ports.contains(10));
     assert_eq!(config.profile_networks.len(), 2);
     assert_eq!(config.default_policy.word(), "cluster-authenticated");
+    assert_eq!(config.log.to_string(), "mantle=trace,error");
     assert_eq!(config.outbound_mark, Some(0x6d));
     assert_eq!(config.shutdown_grace, Duration::from_secs(180));
     assert_eq!(config.inbound_detect_timeout, Duration::ZERO);
@@ -106,6 +108,7 @@ fn every_mistake_is_reported_at_once() {
         ("MANTLE_PROXY_INBOUND_LISTEN_ADDR", "localhost:4143"),
         ("MANTLE_PROXY_CORES", "0"),
         ("LINKERD2_PROXY_LOG_FORMAT", "xml"),
+        ("MANTLE_PROXY_LOG", "mantle=loud"),
         ("MANTLE_PROXY_IDENTITY_MIN_REFRESH", "25h"),
     ];
     let ConfigErrors(lines) = load(&wrong).expect_err("all of them are wrong");

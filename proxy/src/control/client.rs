@@ -96,7 +96,10 @@ async fn connect_tcp(addr: &ControlAddr, dial: Dial) -> io::Result<TcpStream> {
                 SockRef::from(&tcp).set_tcp_user_timeout(Some(DEAD_PEER))?;
                 return Ok(tcp);
             }
-            Err(why) => last = Some(io::Error::new(why.kind(), format!("{addr} at {address}: {why}"))),
+            Err(why) => {
+                let at = if address.to_string() == addr.to_string() { String::new() } else { format!(" at {address}") };
+                last = Some(io::Error::new(why.kind(), format!("{addr}{at}: {why}")));
+            }
         }
     }
     Err(last.expect("there was at least one address"))

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use linkerd2_proxy_api::destination::{self as pb, GetDestination, update::Update};
@@ -14,6 +14,7 @@ use linkerd2_proxy_api::outbound::{TrafficSpec, traffic_spec};
 use mantle_proxy_core::model::{Backend, Endpoint, Outbound, ServerPolicy};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tonic::codegen::BoxFuture;
 use tonic::{Code, Response, Status, Streaming};
 
@@ -101,7 +102,7 @@ pub(super) async fn port(
     };
     // "Not mine" leaves what stands: the default policy of a listed port, nothing for any other.
     let refused = |status: &Status| matches!(status.code(), Code::InvalidArgument | Code::FailedPrecondition);
-    follow(&format!("the policy of port {port}"), ask, refused, |event| {
+    follow(&clients.policy_service, ask, refused, |event| {
         let Event::Message(message) = event else { return };
         let server = convert::server(message).unwrap_or_else(|why| {
             tracing::error!(port, %why, "the control plane sent a policy that cannot be used; the port admits nobody");
@@ -137,7 +138,7 @@ async fn follow_policy(source: &Source, dst: SocketAddr, answer: watch::Sender<P
         }
         _ => false,
     };
-    follow(&format!("the policy towards {dst}"), ask, refused, |event| {
+    follow(&source.clients.policy_service, ask, refused, |event| {
         let Event::Message(message) = event else { return };
         answer.send_replace(match convert::policy(message) {
             Ok(policy) => PolicyAnswer::Policy(policy),
@@ -170,7 +171,7 @@ async fn follow_profile(source: &Source, dst: SocketAddr, answer: watch::Sender<
         }
         none
     };
-    follow(&format!("the profile of {dst}"), ask, refused, |event| {
+    follow(&source.clients.destination_service, ask, refused, |event| {
         if let Event::Message(message) = event {
             answer.send_replace(ProfileAnswer::Profile(convert::profile(message)));
         }
@@ -195,7 +196,7 @@ async fn follow_endpoints(source: Source, path: Arc<str>, endpoints: watch::Send
     };
     let mut known: BTreeMap<SocketAddr, Arc<Endpoint>> = BTreeMap::new();
     let mut fresh = true;
-    follow(&format!("the endpoints of {path}"), ask, refused, |event| {
+    follow(&source.clients.destination_service, ask, refused, |event| {
         match event {
             Event::Opened => {
                 fresh = true;
@@ -270,10 +271,47 @@ enum Event<T> {
     Message(T),
 }
 
+/// A service that does not answer, told once for all its streams: after `PATIENCE`, and when it is back.
+pub(super) struct Service {
+    name: &'static str,
+    /// Since when nobody got an answer, and whether that was said.
+    silent: Mutex<Option<(Instant, bool)>>,
+}
+
+/// How long a service may be away before it is worth a warning: at a mesh's start everything is, for a moment.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl Service {
+    pub(super) const fn new(name: &'static str) -> Self {
+        Self { name, silent: Mutex::new(None) }
+    }
+
+    fn answered(&self) {
+        if let Some((since, true)) = super::lock(&self.silent).take() {
+            tracing::info!(service = self.name, after = ?since.elapsed(), "the control plane answers again");
+        }
+    }
+
+    fn failed(&self, status: &Status) {
+        let mut silent = super::lock(&self.silent);
+        let (since, said) = silent.get_or_insert_with(|| (Instant::now(), false));
+        if !*said && since.elapsed() >= PATIENCE {
+            *said = true;
+            let (code, status) = (status.code(), status.message());
+            tracing::warn!(
+                service = self.name,
+                ?code,
+                status,
+                "the control plane does not answer; what it said last stands"
+            );
+        }
+    }
+}
+
 /// Opens a stream with `ask`, hands on what it says, and does so again for ever. `refused` says whether a status is an
 /// answer in itself, which is asked for again only after `ASK_AGAIN`.
 async fn follow<T>(
-    what: &str,
+    service: &Service,
     ask: impl Fn() -> Asking<T>,
     refused: impl Fn(&Status) -> bool,
     mut each: impl FnMut(Event<T>),
@@ -282,7 +320,10 @@ async fn follow<T>(
     loop {
         let mut heard = false;
         let status = read(&ask, |event| {
-            heard |= matches!(event, Event::Message(_));
+            if matches!(event, Event::Message(_)) {
+                heard = true;
+                service.answered();
+            }
             each(event);
         })
         .await;
@@ -290,16 +331,17 @@ async fn follow<T>(
             failures = 0;
         }
         let wait = match status {
-            Err(status) if refused(&status) => ASK_AGAIN.mul_f64(0.8 + 0.4 * backoff::unit()),
-            Err(status) => {
-                failures += 1;
-                if failures == 2 {
-                    tracing::warn!(what, code = ?status.code(), status = status.message(), "the control plane does not answer; trying on");
-                }
-                backoff::wait(failures)
+            Err(status) if refused(&status) => {
+                service.answered();
+                ASK_AGAIN.mul_f64(0.8 + 0.4 * backoff::unit())
             }
             // An orderly end is how a control plane sheds load: come again, not at once.
             Ok(()) => {
+                failures += 1;
+                backoff::wait(failures)
+            }
+            Err(status) => {
+                service.failed(&status);
                 failures += 1;
                 backoff::wait(failures)
             }

@@ -35,11 +35,7 @@ fn stage(vars: &[(&str, &str)]) -> Stage {
     let plane = Plane::new();
     let config = config(vars, &ca);
     let channels = plane.channels();
-    let connect = move || crate::discovery::Clients {
-        destination: DestinationClient::new(channels()),
-        outbound: OutboundPoliciesClient::new(channels()),
-        inbound: InboundServerPoliciesClient::new(channels()),
-    };
+    let connect = move || crate::discovery::Clients::new(channels(), channels());
     let (credentials, watched) = watch::channel(Some(Arc::new(ca.credentials(WEB))));
     Stage { discovery: Discovery::start(Arc::new(config), Handle::current(), connect, watched), plane, credentials }
 }
