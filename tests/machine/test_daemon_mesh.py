@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import urllib.request
@@ -127,7 +128,7 @@ def prepare(proxy: Path) -> None:
 def test_a_mesh_lives_changes_survives_its_daemon_and_leaves_nothing(host: Any, mantle_proxy: Path) -> None:
     async def scene() -> None:
         home = state_root().parent / "app"
-        before = {p.name for p in Path("/sys/class/net").iterdir()}
+        before = socket.if_nameindex()
         file = write_app(home)
         await mantle("up", "-d", "--timeout", "1", file, code=None)
         now = await until_ready("web", "client")
@@ -163,7 +164,7 @@ def test_a_mesh_lives_changes_survives_its_daemon_and_leaves_nothing(host: Any, 
 
         await mantle("down")
         assert not any("mantle" in line for line in processes()), processes()
-        assert {p.name for p in Path("/sys/class/net").iterdir()} == before
+        assert socket.if_nameindex() == before
         assert not state_root().exists() or not any(state_root().iterdir())
         assert "/mantle/" not in Path("/proc/self/mounts").read_text()
 
