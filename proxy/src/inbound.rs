@@ -311,6 +311,9 @@ impl Inbound {
             Some(early) => early,
             None => self.dial(&permit, port).await?,
         };
+        if understood.server_ended {
+            return Ok(()); // the client sees what it would have seen without us
+        }
         if !understood.from_server.is_empty() {
             port.server_first.set(true);
         }

@@ -146,6 +146,9 @@ impl Outbound {
             Some(early) => early,
             None => self.connect(dst, LinkHint::Opaque).await?,
         };
+        if understood.server_ended {
+            return Ok(()); // the client sees what it would have seen without us
+        }
         if !understood.from_server.is_empty() {
             dst.server_first.set(true);
         }

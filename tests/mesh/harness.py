@@ -17,6 +17,7 @@ Run as a program, it brings up a client and a web pod and gives a shell in the c
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import secrets
@@ -27,7 +28,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,9 +125,10 @@ class Pod:
         """What the proxy's admin port answers on the pod's loopback."""
 
         def get() -> str:
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"http://127.0.0.1:4191{path}", timeout=5) as answer:
-                return str(answer.read().decode())
+            connection = http.client.HTTPConnection("127.0.0.1", 4191, timeout=5)
+            with contextlib.closing(connection):
+                connection.request("GET", path)
+                return connection.getresponse().read().decode()
 
         return self.net.inside(get)
 
@@ -221,10 +222,10 @@ class Mesh:
     def start_plane(self) -> None:
         self._write_world()
         env = os.environ | {"PYTHONPATH": str(SRC)} | self.plane_env
-        log = (self.folder / "plane.log").open("ab")
-        self.plane = subprocess.Popen(
-            [sys.executable, str(PLANE), str(self.folder)], stdout=subprocess.PIPE, stderr=log, env=env
-        )
+        with (self.folder / "plane.log").open("ab") as log:
+            self.plane = subprocess.Popen(
+                [sys.executable, str(PLANE), str(self.folder)], stdout=subprocess.PIPE, stderr=log, env=env
+            )
         self.processes.append(self.plane)
         assert self.plane.stdout
         readable, _, _ = select.select([self.plane.stdout], [], [], 20.0)
@@ -240,8 +241,8 @@ class Mesh:
         redirect = [self.binary, "redirect", "install", f"--proxy-mark={MARK:#x}", "--skip-inbound-ports=4190,4191"]
         installed = pod.run(*redirect)
         assert installed.returncode == 0, installed.stderr
-        log = (self.folder / f"{pod.name}.log").open("ab")
-        pod.proxy = pod.spawn(self.binary, env=self._environment(pod), stderr=log, stdout=log)
+        with (self.folder / f"{pod.name}.log").open("ab") as log:
+            pod.proxy = pod.spawn(self.binary, env=self._environment(pod), stderr=log, stdout=log)
 
     def _environment(self, pod: Pod) -> dict[str, str]:
         plane = "127.0.0.1:7001"
@@ -285,6 +286,8 @@ class Mesh:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             process.wait()
+            if process.stdout:
+                process.stdout.close()
         for net in [*(pod.net for pod in self.pods.values()), self.router]:
             net.close()
 
