@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mantle.platform.machine import client, direct, wire
+from mantle.platform.machine import namespaces as ns
 from mantle.platform.machine.logs import Log, timestamp
 from mantle.platform.machine.spec import ContainerSpec, MountSpec, Phase, ProbeSpec, Restart, Role
 
@@ -457,3 +458,67 @@ def test_status_is_pushed_and_kept(host: Any) -> None:
             assert await mesh.node.pods() == []
 
     host.play(scene)
+
+
+def test_a_supervisor_that_is_killed_takes_its_pod_along(host: Any, idle: ContainerSpec) -> None:
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            await mesh.start("a", IP, idle)
+            await mesh.running("a")
+            for entry in Path("/proc").iterdir():
+                if entry.name.isdigit() and (entry / "comm").read_text() == "mantle-pod\n":
+                    os.kill(int(entry.name), signal.SIGKILL)
+            while (await mesh.node.pods())[0].alive:
+                await asyncio.sleep(0.01)
+            status = direct.read_status(mesh.dir("a"))
+            assert (status.phase, status.message) == (Phase.FAILED, "the pod's supervisor ended: killed by signal 9")
+            await mesh.node.stop_pod("a")
+            await mesh.start("b", IP, idle)
+            await mesh.running("b")
+
+    host.play(scene)
+
+
+def test_many_pods_at_once(root_host: Any, idle: ContainerSpec) -> None:
+    async def scene() -> None:
+        async with root_host.mesh() as mesh:
+            async with asyncio.TaskGroup() as group:
+                for n in range(30):
+                    group.create_task(mesh.start(f"p{n}", f"10.203.2.{n + 1}", idle))
+            async with asyncio.TaskGroup() as group:
+                for n in range(30):
+                    group.create_task(mesh.running(f"p{n}"))
+            assert len(await mesh.node.pods()) == 30
+            async with asyncio.TaskGroup() as group:
+                for n in range(30):
+                    group.create_task(mesh.node.stop_pod(f"p{n}"))
+            assert await mesh.node.pods() == []
+
+    root_host.play(scene)
+
+
+def test_a_full_disk_does_not_end_a_pod(root_host: Any) -> None:
+    """The pod's directory cannot be written to any more: output and status are lost, the program runs on."""
+
+    async def scene() -> None:
+        small = root_host.state() / "pods" / "a"
+        small.mkdir(parents=True)
+        ns.mount("tmpfs", small, "tmpfs", 0, "size=256k")
+        async with root_host.mesh() as mesh:
+            pod = await mesh.start("a", IP, shell("app", "echo ready; while :; do echo $(seq 1 2000); done"))
+            while os.statvfs(small).f_bavail:
+                await asyncio.sleep(0.01)
+            seen = [s async for s in _some(pod, 1)]
+            assert seen[0].containers[0].state == "running"
+            assert (await pod.probe("app", ["/bin/echo", "alive"], 5)).output == "alive"
+            await mesh.node.stop_pod("a", 1)
+
+    root_host.play(scene)
+
+
+async def _some(pod: client.PodClient, count: int) -> Any:
+    async for status in pod.watch():
+        yield status
+        count -= 1
+        if not count:
+            return

@@ -6,6 +6,7 @@ the one before. Bytes that are not UTF-8 are kept as they are.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -32,7 +33,10 @@ class Log:
         self._open()
 
     def _open(self) -> None:
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError:
+            self._fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         self._size = os.fstat(self._fd).st_size
 
     def feed(self, stream: str, data: bytes, now_ns: int) -> None:
@@ -58,12 +62,9 @@ class Log:
             self._fd = -1
 
     def _write(self, data: bytes) -> None:
-        try:
+        with contextlib.suppress(OSError):
             if self._size and self._size + len(data) > self._most:
-                self.close()
                 self._path.replace(f"{self._path}.1")
+                self.close()
                 self._open()
             self._size += os.write(self._fd, data)
-        except OSError:
-            if self._fd < 0:
-                self._fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -97,7 +97,8 @@ def close_other_fds(keep: Iterable[int]) -> None:
     for fd in sorted({fd for fd in keep if fd > 2}):
         os.closerange(low, fd)
         low = fd + 1
-    call("close_range", ctypes.c_uint(low), ctypes.c_uint(0xFFFFFFFF), 0)
+    close_range = 436  # on every architecture; the C library has it only since 2.34
+    call("syscall", ctypes.c_long(close_range), ctypes.c_uint(low), ctypes.c_uint(0xFFFFFFFF), 0)
 
 
 def enter_user_namespace(uid: int = 0, gid: int = 0) -> None:

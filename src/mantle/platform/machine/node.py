@@ -34,13 +34,16 @@ from mantle.platform.machine.loop import Loop, Peer, Server
 from mantle.platform.machine.router import Router
 from mantle.platform.machine.spec import (
     NodeConfig,
+    Phase,
     PodSpec,
+    PodStatus,
     RunningPod,
     ServicePort,
     node_config_from_json,
     pod_from_json,
     to_json,
 )
+from mantle.platform.machine.supervisor import write_status
 
 _ALL_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 _POD_READY = 10.0
@@ -193,10 +196,12 @@ class Node:
             self._loop.stop()
 
     def _children(self) -> None:
-        for pid, _ in container.reap():
+        for pid, code in container.reap():
             for uid, pod in list(self._pods.items()):
                 if pod.pid == pid and pod.alive:
                     pod.alive = False
+                    if code:
+                        self._has_crashed(pod, code)
                     pod.channel.close()
                     self._router.detach(pod.spec.ip)
                     for peer in pod.waiting:
@@ -204,6 +209,13 @@ class Node:
                     if pod.waiting:
                         del self._pods[uid]
         self._leave_if_empty()
+
+    def _has_crashed(self, pod: _Pod, code: int) -> None:
+        """A supervisor that left without a word took its containers with it: its last status is not true any more."""
+        how = f"killed by signal {code - 128}" if code > 128 else f"exit code {code}"
+        status = PodStatus(pod.spec.uid, Phase.FAILED, (), f"the pod's supervisor ended: {how}")
+        with contextlib.suppress(OSError):
+            write_status(Path(self._config.state_dir) / "pods" / pod.spec.uid, json.dumps(to_json(status)))
 
 
 def _service(entry: dict[str, Any]) -> ServicePort:

@@ -25,6 +25,7 @@ import signal
 import socket
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mantle.platform.machine import container, wire
 from mantle.platform.machine.lifecycle import Action, Finish, Lifecycle, Signal, Start
@@ -215,10 +216,8 @@ class Supervisor:
         if text == self._last_status:
             return
         self._last_status = text
-        target = self._place.directory / "status.json"
-        part = target.with_suffix(".part")
-        part.write_text(text)
-        part.replace(target)
+        with contextlib.suppress(OSError):  # a full disk must not end a pod; the next change is written again
+            write_status(self._place.directory, text)
         for peer in list(self._watchers):
             peer.send({"status": status})
 
@@ -320,6 +319,13 @@ class Supervisor:
                 peer.refuse(wire.Refused("nothing_listens", f"nothing listens on port {port} of the pod"))
             else:
                 peer.refuse(wire.Refused("kernel", f"port {port} of the pod: {os.strerror(code)}"))
+
+
+def write_status(directory: Path, text: str) -> None:
+    """Replaces `status.json` in one step."""
+    part = directory / "status.part"
+    part.write_text(text)
+    part.replace(directory / "status.json")
 
 
 def _readable(fd: int) -> bool:
