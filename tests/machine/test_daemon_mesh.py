@@ -229,3 +229,16 @@ def test_wrong_files_start_nothing(host: Any, mantle_proxy: Path) -> None:
         assert time.monotonic() - began < 20 and not state_root().exists() and not processes()
 
     host.play(scene, seconds=60, prepare=lambda: prepare(mantle_proxy))
+
+
+def test_the_demo_proves_encryption_on_every_edge_and_leaves_nothing(host: Any, mantle_proxy: Path) -> None:
+    async def scene() -> None:
+        shown = json.loads(await mantle("demo", "--for", "2s", "-o", "json"))
+        assert shown["ok"] and not shown["wrong"]
+        ends = {(e["src"], e["dst"]): e for e in shown["edges"]}
+        for pair in (("vote-bot", "web"), ("web", "emoji"), ("web", "voting")):
+            assert ends[pair]["counts"]["secured"] and not ends[pair]["no_tls_reason"]
+        assert shown["web"].startswith("http://127.0.0.1:") and shown["tap"]
+        assert not state_root().exists() and not any("mantle" in line for line in processes())
+
+    host.play(scene, seconds=90, prepare=lambda: prepare(mantle_proxy))
