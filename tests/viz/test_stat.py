@@ -27,7 +27,7 @@ WORLD = Snapshot(1, {p.key: p for p in (WEB, WEB2, EMOJI, OLD, BOT)}, {SERVICE.k
 IN = {"direction": "inbound"}
 TO_WEB = {
     "direction": "outbound",
-    "authority": "web-svc.emojivoto:80",
+    "authority": "web-svc.emojivoto.svc.cluster.local:80",
     "dst_namespace": "emojivoto",
     "dst_deployment": "web",
     "dst_pod": "web-1",

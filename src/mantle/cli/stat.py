@@ -49,6 +49,8 @@ def command(
     if to and from_:
         raise click.UsageError("--to and --from exclude each other")
     namespace = flags.namespace or "default"
+    # Namespaces are not in a namespace: without -n, all of them are meant.
+    all_namespaces = all_namespaces or (target.kind == "namespace" and not flags.namespace)
     query: dict[str, str | int] = {"resource": target.kind, "window": window, "name": target.name}
     query |= {"all": 1} if all_namespaces else {"namespace": namespace}
     for flag, value, value_namespace in (("to", to, to_namespace), ("from", from_, from_namespace)):
@@ -60,7 +62,8 @@ def command(
     rows = MachineClient(flags.mesh).get("/v1/viz/stat", **query)["rows"]
     if not unmeshed:
         rows = [row for row in rows if row["meshed"] is None or not row["meshed"].startswith("0/")]
-    write(json_text(rows) if output == "json" else table(rows, wide=output == "wide", namespaces=all_namespaces))
+    column = all_namespaces and target.kind != "namespace"
+    write(json_text(rows) if output == "json" else table(rows, wide=output == "wide", namespaces=column))
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, wide: bool = False, namespaces: bool = False) -> str:

@@ -109,7 +109,7 @@ def _row_of(point: Point, query: StatQuery) -> _RowKey | None:
 def _source(point: Point, kind: str) -> _RowKey | None:
     subject = point.subject
     if kind == "authority":
-        return subject.namespace, point.label("authority")
+        return subject.namespace, _authority(point)
     if kind == "namespace":
         return subject.namespace, subject.namespace
     if kind == "pod":
@@ -120,8 +120,15 @@ def _source(point: Point, kind: str) -> _RowKey | None:
 def _destination(point: Point, kind: str) -> _RowKey | None:
     namespace = point.label("dst_namespace")
     if kind == "authority":
-        return point.subject.namespace, point.label("authority")
+        return point.subject.namespace, _authority(point)
     return (namespace, namespace) if kind == "namespace" else (namespace, point.label(f"dst_{kind}"))
+
+
+def _authority(point: Point) -> str:
+    """`web-svc.emojivoto:80`, as people write it and the seeds show it; proxies report the full service name."""
+    host, colon, port = point.label("authority").rpartition(":")
+    short, svc, _ = host.partition(".svc.")
+    return f"{short}{colon}{port}" if svc else point.label("authority")
 
 
 def _is_source(point: Point, peer: Peer) -> bool:
