@@ -134,6 +134,10 @@ class Stream:
         self._call = call
         self._pending: asyncio.Task[Any] | None = None
 
+    async def begun(self) -> None:
+        """Waits until the server has begun to answer; reads nothing."""
+        await asyncio.wait_for(self._call.initial_metadata(), 5.0)
+
     async def next(self, seconds: float = 5.0) -> Any:
         """The next message, which must come in that time."""
         pending = self._pending or asyncio.ensure_future(self._call.read())

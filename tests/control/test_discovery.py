@@ -391,6 +391,37 @@ def test_a_platform_that_stays_silent_is_unavailable_never_not_found(monkeypatch
     play(script)
 
 
+# ---- clients that ping ----
+
+
+def test_a_client_may_ping_its_quiet_connection_as_often_as_it_likes() -> None:
+    """By default grpc ends such a connection with GOAWAY "too_many_pings" after a few: proxies do ping."""
+    settings, ping, goaway = 4, 6, 7
+
+    def frame(kind: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, 0]) + bytes(4) + payload
+
+    async def script(server: Discovery) -> None:
+        host, _, number = server.target.partition(":")
+        reader, writer = await asyncio.open_connection(host, int(number))
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(settings, b""))
+        seen = []
+        for count in range(20):
+            writer.write(frame(ping, count.to_bytes(8, "big")))
+            async with asyncio.timeout(5):
+                while True:
+                    head = await reader.readexactly(9)
+                    payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
+                    seen.append(head[3])
+                    if head[3] == ping and payload == count.to_bytes(8, "big"):
+                        break
+        assert goaway not in seen
+        writer.close()
+        await writer.wait_closed()
+
+    play(script, WEB)
+
+
 # ---- many ----
 
 
@@ -420,6 +451,8 @@ def test_a_reader_that_reads_nothing_holds_nobody_up_and_is_dropped(monkeypatch:
         small = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
         async with grpc.aio.insecure_channel(server.target, options=small) as channel:
             deaf = replace(server, channel=channel).open("Get", get())
+            await deaf.begun()
+            assert server.topics.counts() == (1, 2)
             for version in range(2, 40):
                 await server.platform.say(snapshot(version, WEB_SVC, *(many if version % 2 else many[:1])))
                 await healthy.next()

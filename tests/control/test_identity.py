@@ -267,7 +267,7 @@ def test_a_platform_that_does_not_answer_is_a_refusal_to_be_retried(tmp_path: Pa
     asyncio.run(play())
 
 
-def test_one_address_is_rate_limited_and_others_are_not(tmp_path: Path) -> None:
+def test_one_address_is_rate_limited_and_others_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def play() -> None:
         async with running(tmp_path, rate=0.001, burst=2) as server:
             await server.ask()
@@ -275,6 +275,8 @@ def test_one_address_is_rate_limited_and_others_are_not(tmp_path: Path) -> None:
             code, reason, message = await refused(server)
             assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "rate_limited")
             assert "10.203.0.5" in message and "retry after" in message
+            assert server.counted("rate_limited") == 1
+            assert "rate_limited" not in caplog.text, "a flood is counted, not logged"
             assert len(server.platform.asked) == 2, "the platform is not asked for what is refused anyway"
             assert (await refused(server, address="10.203.0.6"))[1] == "other_address"
 

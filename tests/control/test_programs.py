@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -85,6 +86,11 @@ def test_a_program_says_whether_it_is_ready_and_ends_when_told(
         code, text = status(admin, "/ready")
         assert code == ready[0] and ready[1] in text
         assert f"\n{metric} " in status(admin, "/metrics")[1]
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        soft, hard = re.findall(r"Max open files +(\d+) +(\d+)", limits)[0]
+        assert program == "identity" or soft == hard, "one stream per connection meets this limit first"
+        steps_back = os.getpriority(os.PRIO_PROCESS, process.pid) - os.getpriority(os.PRIO_PROCESS, 0)
+        assert steps_back == (10 if program == "identity" else 0), "signing must not make discovery wait"
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
 

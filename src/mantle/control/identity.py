@@ -39,6 +39,7 @@ MAX_IN_FLIGHT = 64
 MAX_TOKEN = 16 * 1024
 MAX_CSR = 8 * 1024
 CLIENT_ADDRESS = "mantle-client-addr"
+_FLOOD = (CertifyRefused.RATE_LIMITED, CertifyRefused.BUSY)
 
 _STATUS = {
     CertifyRefused.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -254,7 +255,9 @@ def handler(certifier: Certifier) -> grpc.GenericRpcHandler[Any, Any]:
         answer = await certifier.certify(request, address, loopback)
         if isinstance(answer, Refusal):
             certifier.metrics.certify.labels(answer.reason, answer.detail).inc()
-            log.warning("refused a certificate for %s from %s: %s", request.identity[:253], address, answer)
+            # A flood is counted; a line for each would be a second flood.
+            level = logging.DEBUG if answer.reason in _FLOOD else logging.WARNING
+            log.log(level, "refused a certificate for %s from %s: %s", request.identity[:253], address, answer)
             context.set_trailing_metadata((("mantle-reason", answer.reason.value),))
             await context.abort(_STATUS[answer.reason], str(answer))
         certifier.metrics.certify.labels("issued", "").inc()
