@@ -73,6 +73,8 @@ class FakeRuntime:
         self.last: dict[str, PodStatus] = {}
         self.started_count = 0
         self.refuse = ""
+        self.gate: asyncio.Event | None = None
+        """Starting a pod waits for it."""
         self.table: tuple[Row, ...] = ()
 
     async def pods(self) -> list[tuple[PodSpec, PodStatus, bool]]:
@@ -81,6 +83,8 @@ class FakeRuntime:
     async def start(self, spec: PodSpec) -> None:
         if self.refuse:
             raise RuntimeRefused(self.refuse)
+        if self.gate is not None:
+            await self.gate.wait()
         self.started_count += 1
         self.specs[spec.uid] = spec
         self.queues[spec.uid] = asyncio.Queue()
@@ -360,5 +364,59 @@ def test_objects_that_leave_a_file_go_and_addresses_stay(tmp_path: Path) -> None
         await until(made, lambda: Key("default", "web") in made.world.snapshot.services)
         assert made.world.snapshot.services[Key("default", "web")].cluster_ip == address
         assert runtime.started_count == 2
+
+    play(tmp_path, scene)
+
+
+def test_what_is_removed_while_it_starts_is_stopped_when_it_is_there(tmp_path: Path) -> None:
+    async def scene(made: Controller, runtime: FakeRuntime) -> None:
+        runtime.gate = asyncio.Event()
+        await made.apply(up(DEPLOYMENT))
+        await until(made, lambda: len(made.pods) == 2)
+        await made.delete(None)
+        await until(made, lambda: all(p.stopping for p in made.pods.values()))
+        assert runtime.started_count == 0
+        runtime.gate.set()
+        await until(made, lambda: not made.pods)
+        assert runtime.started_count == 2 and not runtime.specs
+
+    play(tmp_path, scene)
+
+
+def test_closing_ends_every_pod(tmp_path: Path) -> None:
+    async def scene(made: Controller, runtime: FakeRuntime) -> None:
+        await made.apply(up(DEPLOYMENT))
+        await ready(made)
+        await made.close_pods()
+        assert not made.pods and not runtime.specs and not list((tmp_path / "pods").iterdir())
+
+    play(tmp_path, scene)
+
+
+def test_the_address_of_a_finished_pod_is_given_to_another_only_once(tmp_path: Path) -> None:
+    pod = """\
+apiVersion: v1
+kind: Pod
+metadata: {name: NAME, annotations: {mantle.dev/inject: disabled}}
+spec: {restartPolicy: Never, containers: [{name: c, image: acme/web}]}
+"""
+
+    async def scene(made: Controller, runtime: FakeRuntime) -> None:
+        made._ips.last = made._ips.first + 1  # a network of two addresses
+        await made.apply(up(pod.replace("NAME", "one")))
+        await until(made, lambda: any(p.ready for p in made.pods.values()))
+        (uid,) = made.pods
+        runtime.say(uid, Phase.SUCCEEDED, "terminated", "Completed", 0)
+        runtime.end(uid)
+        await until(made, lambda: made.pods[uid].gone)
+        others = Request(
+            {"b": ("b", "---\n".join(pod.replace("NAME", n) for n in ("two", "three")), ())}, search=("/bin",)
+        )
+        await made.apply(others)
+        await until(made, lambda: sum(p.ready for p in made.pods.values()) == 2)
+        await made.delete(["f0.yml"])
+        await until(made, lambda: uid not in made.pods)
+        await made.apply(Request({"c": ("c", pod.replace("NAME", "four"), ())}, search=("/bin",)))
+        await until(made, lambda: "no free address" in standing(made, ("Pod", "default", "four"))[1])
 
     play(tmp_path, scene)

@@ -116,6 +116,9 @@ class MachineClient:
                 connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
                 response = connection.getresponse()
             except (FileNotFoundError, ConnectionRefusedError) as error:
+                from mantle.cli.launch import refuse_foreign
+
+                refuse_foreign(self.mesh)
                 others = running_meshes(self.root)
                 hint = f"running: {', '.join(others)}" if others else "start one with `mantle demo` or `mantle up FILE`"
                 raise Failure(f"mesh {self.mesh} is not running", fix=hint) from error

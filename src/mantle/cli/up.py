@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 import click
@@ -66,7 +68,14 @@ def command(
         refuse_foreign(mesh)
         preflight()
         check_alone(body)
-    client, started = ensure(mesh, Launch(pod_cidr, service_cidr, issuance_lifetime, proxy_env))
+    launch = Launch(pod_cidr, service_cidr, issuance_lifetime, proxy_env)
+    client, started = ensure(mesh, launch)
+    if not started and launch.arguments():
+        click.echo(
+            f"note: mesh {mesh} runs already; {launch.arguments()[0]} is for a new one and was ignored", err=True
+        )
+    if not detach:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         good = _print(client.stream("/v1/apply", body))
         if detach:
@@ -90,6 +99,10 @@ def command(
 
     take_down(mesh, lambda _: None)
     return 0
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _print(events: Iterable[Mapping[str, Any]]) -> bool:

@@ -93,9 +93,10 @@ class Controller:
                 await self._runtime.remove(spec.uid)
                 continue
             state.ended = time.time_ns() / 1e9 if state.gone else 0.0
+            state.has_address = alive
             self.pods[spec.uid] = state
-            self._ips.take(int(ipaddress.IPv4Address(spec.ip)))
             if alive:
+                self._ips.take(int(ipaddress.IPv4Address(spec.ip)))
                 self._follow(state, taken_over=True)
         self.wants, wrong = plan_all(self.files, self._machine)
         for mistake in wrong:
@@ -228,7 +229,9 @@ class Controller:
 
     async def _start(self, item: ObjectId) -> None:
         """One new pod of a workload: files, then processes."""
-        want = self.wants[item]
+        want = self.wants.get(item)
+        if want is None:
+            return  # it was removed meanwhile
         address = self._ips.take()
         if address is None:
             self._trouble(item, "the network of the pods has no free address: start the mesh with a larger --pod-cidr")
@@ -244,7 +247,7 @@ class Controller:
             ip=str(ipaddress.IPv4Address(address)),
             created=now,
         )
-        state = PodState(planned.spec, PodStatus(uid, Phase.PENDING))
+        state = PodState(planned.spec, PodStatus(uid, Phase.PENDING), starting=True)
         self.pods[uid] = state
         try:
             async with self._slots:
@@ -257,7 +260,10 @@ class Controller:
             self._trouble(item, str(error))
             return
         self.troubles.pop(item, None)
+        state.starting = False
         self._follow(state, taken_over=False)
+        if state.stopping:
+            await self._end(state)
         self.changed()
 
     def _write_volumes(
@@ -283,8 +289,11 @@ class Controller:
         state.stopping, state.why = True, why
         if state.gone:
             await self._forget(state)
-            return
-        await self._tell()  # its endpoints go before its processes
+        elif not state.starting:  # else `_start` ends it when it is there
+            await self._tell()  # its endpoints go before its processes
+            await self._end(state)
+
+    async def _end(self, state: PodState) -> None:
         try:
             await self._runtime.stop(state.spec.uid, None)
         except (RuntimeRefused, OSError) as error:
@@ -305,22 +314,24 @@ class Controller:
         self._tokens.forget(state.spec.uid)
         finished = state.status.phase in FINISHED and state.object[0] in ("Job", "Pod")
         if finished and not state.stopping:
-            self._ips.give_back(int(ipaddress.IPv4Address(state.spec.ip)))
+            self._give_back(state)
             self.changed()
         else:
             await self._forget(state)
 
-    async def _forget(self, state: PodState) -> None:
-        held = not (
-            state.gone and state.status.phase in FINISHED and state.object[0] in ("Job", "Pod") and not state.why
-        )
-        self.pods.pop(state.spec.uid, None)
-        if held:
+    def _give_back(self, state: PodState) -> None:
+        if state.has_address:
+            state.has_address = False
             self._ips.give_back(int(ipaddress.IPv4Address(state.spec.ip)))
+
+    async def _forget(self, state: PodState) -> None:
+        """Nothing is left of a pod, here, in the runtime and on disk."""
+        self.pods.pop(state.spec.uid, None)
         self._tokens.forget(state.spec.uid)
         with contextlib.suppress(RuntimeRefused, OSError):
             await self._runtime.remove(state.spec.uid)
         podfiles.remove_pod(self._store.pods / state.spec.uid)
+        self._give_back(state)
         self.changed()
 
     def _spawn(self, work: Any) -> None:

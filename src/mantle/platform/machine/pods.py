@@ -30,7 +30,11 @@ class PodState:
 
     spec: PodSpec
     status: PodStatus
+    starting: bool = False
+    """The runtime has been asked for it and has not answered yet."""
     stopping: bool = False
+    has_address: bool = True
+    """Its address is not given to another pod."""
     ended: float = 0.0
     gone: bool = False
     """Its processes are gone."""
