@@ -1,0 +1,281 @@
+"""What happens to traffic while the world changes: policies, endpoints, certificates, the control plane, the proxy itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from .apps import Telling, echo, greet, http_client, http_server
+from .harness import Mesh, Pod, serving, wait_for
+
+pytestmark = [pytest.mark.mesh, pytest.mark.root]
+
+WEB = "10.203.128.1"
+Start = Callable[..., Mesh]
+
+
+@pytest.fixture
+def start(tmp_path: Path, mantle_proxy: Path) -> Iterator[Start]:
+    """Brings up client, web (HTTP on 8080, echo on 9000, greeting on 9001) and an unmeshed pod."""
+    with contextlib.ExitStack() as stack:
+
+        def up(env: dict[str, str] | None = None, handler: type[BaseHTTPRequestHandler] = Telling, **plane: str) -> Mesh:
+            mesh = stack.enter_context(Mesh(tmp_path, mantle_proxy, **plane))
+            mesh.pod("client", env=env)
+            web = mesh.pod("web", ports=[8080, 9000, 9001], env=env)
+            mesh.pod("plain", meshed=False)
+            mesh.service("web", WEB, {80: 8080, 9000: 9000, 9001: 9001})
+            mesh.start()
+            stack.enter_context(http_server(web.listen(8080), handler))
+            stack.enter_context(serving(web.listen(9000), echo))
+            stack.enter_context(serving(web.listen(9001), greet))
+            return mesh
+
+        yield up
+
+
+def get(pod: Pod, host: str = WEB, port: int = 80, path: str = "/headers") -> tuple[int, bytes, dict[str, str]]:
+    with http_client(pod.connect(host, port)) as http:
+        http.request("GET", path)
+        answer = http.getresponse()
+        return answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+
+
+def is_closed(io: socket.socket, seconds: float = 5.0) -> bool:
+    io.settimeout(seconds)
+    try:
+        return io.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+
+
+def test_idle_connections_do_not_delay_the_next(start: Start) -> None:
+    mesh = start()
+    client = mesh.pods["client"]
+    get(client)
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> list[socket.socket]:
+            return [socket.create_connection((WEB, 80 if n % 2 else 9000), 5) for n in range(500)]
+
+        for io in client.net.inside(connect):
+            stack.enter_context(io)
+        took = []
+        for _ in range(5):
+            began = time.monotonic()
+            assert get(client)[0] == 200
+            took.append(time.monotonic() - began)
+        assert min(took) < 0.05, took
+
+
+def test_a_policy_that_gets_stricter_cuts_open_connections_and_refuses_requests(start: Start) -> None:
+    mesh = start()
+    client, web, plain = mesh.pods["client"], mesh.pods["web"], mesh.pods["plain"]
+    with plain.connect(web.ip, 9000) as outsider, client.connect(WEB, 9000) as insider, plain.connect(web.ip, 8080) as io:
+        for each in (outsider, insider):
+            each.sendall(b"\x00hello")
+            assert each.recv(100) == b"\x00hello"
+        with http_client(io) as http:
+            http.request("GET", "/headers")
+            kept = http.getresponse()
+            assert (kept.status, bool(kept.read())) == (200, True)
+            web.spec["annotations"] = {"config.mantle.dev/default-inbound-policy": "all-authenticated"}
+            mesh.change()
+            assert is_closed(outsider)
+            http.request("GET", "/headers")
+            refused = http.getresponse()
+            assert refused.status == 403 and refused.getheader("l5d-proxy-error") is None
+            refused.read()
+        insider.sendall(b"still here")
+        assert insider.recv(100) == b"still here"
+        assert get(client)[0] == 200
+        with plain.connect(web.ip, 9000) as late:
+            late.sendall(b"\x00")
+            assert is_closed(late)
+    assert web.metric("inbound_tcp_authz_terminate_total") == 1
+    assert web.metric("inbound_http_authz_deny_total") >= 1
+
+
+def test_endpoints_come_and_go(start: Start) -> None:
+    mesh = start()
+    client, web = mesh.pods["client"], mesh.pods["web"]
+    assert get(client)[0] == 200
+    web.spec["ready"] = False
+    mesh.change()
+    wait_for(lambda: get(client)[0] == 504, "the endpoint to go")
+    began = time.monotonic()
+    status, _, headers = get(client)
+    assert (status, headers["l5d-proxy-error"]) == (504, "no_endpoints")
+    assert 2.5 < time.monotonic() - began < 6
+    waiting: list[int] = []
+    thread = threading.Thread(target=lambda: waiting.append(get(client)[0]))
+    thread.start()
+    web.spec["ready"] = True
+    mesh.change()
+    thread.join()
+    assert waiting == [200], "a request that waits for an endpoint gets the first one"
+
+
+def test_a_server_with_another_identity_gets_nothing(start: Start) -> None:
+    mesh = start()
+    client, web = mesh.pods["client"], mesh.pods["web"]
+    web.spec["account"] = "somebody-else"  # what discovery says; the proxy's certificate is for `web`
+    mesh.change()
+    status, _, headers = get(client)
+    assert (status, headers["l5d-proxy-error"]) == (502, "identity_mismatch")
+    with client.connect(WEB, 9000) as io:
+        io.sendall(b"\x00")
+        assert is_closed(io)
+    assert web.metric("request_total", direction="inbound") == 0
+    assert web.metric("tcp_open_total", direction="inbound", peer="dst") == 0
+
+
+def test_traffic_goes_on_without_its_control_plane(start: Start) -> None:
+    mesh = start()
+    client, web = mesh.pods["client"], mesh.pods["web"]
+    assert get(client)[0] == 200
+    with client.connect(WEB, 9000) as io:
+        io.sendall(b"\x00 before")
+        assert io.recv(100)
+        mesh.kill_plane()
+        io.sendall(b"after")
+        assert io.recv(100) == b"after"
+        for _ in range(20):
+            assert get(client)[0] == 200
+        began = time.monotonic()
+        with client.connect("10.203.128.77", 80) as unknown:
+            unknown.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert is_closed(unknown), "inside the mesh's networks nothing passes unexplained"
+        assert time.monotonic() - began < 4.5
+        mesh.start_plane()
+        io.sendall(b"again")
+        assert io.recv(100) == b"again"
+    wait_for(lambda: _reaches(client, web.ip, 8080), "discovery to answer again")
+
+
+def _reaches(pod: Pod, host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        return get(pod, host, port)[0] == 200
+    return False
+
+
+def test_certificates_renew_under_load_without_a_failed_request(start: Start) -> None:
+    fast = {"IDENTITY_MIN_REFRESH": "1s", "IDENTITY_MAX_REFRESH": "2s"}
+    mesh = start(env=fast, LEAF_SECONDS="6")
+    client = mesh.pods["client"]
+    end = time.monotonic() + 8
+    answers: list[int] = []
+    failures: list[object] = []
+
+    def load() -> None:
+        try:
+            with http_client(client.connect(WEB, 80)) as http:
+                while time.monotonic() < end:
+                    http.request("POST", "/", body=b"x" * 1000)
+                    answer = http.getresponse()
+                    assert len(answer.read()) == 1000
+                    answers.append(answer.status)
+                    time.sleep(0.005)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    assert set(answers) == {200} and len(answers) > 100
+    assert client.log().count("certified") >= 4, client.log()
+
+
+def test_a_proxy_that_is_told_to_stop_finishes_what_it_carries(start: Start) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(Telling):
+        def do_GET(self) -> None:
+            began.set()
+            go_on.wait(10)
+            self.answer(b"late but whole")
+
+    mesh = start(handler=Slow)
+    client, web = mesh.pods["client"], mesh.pods["web"]
+    got: list[tuple[int, bytes]] = []
+    thread = threading.Thread(target=lambda: got.append(get(client)[:2]))
+    thread.start()
+    assert began.wait(10)
+    assert web.proxy
+    web.proxy.send_signal(signal.SIGTERM)
+    wait_for(lambda: "draining" in web.log(), "the drain", log=web.log)
+    go_on.set()
+    thread.join()
+    assert got == [(200, b"late but whole")]
+    assert web.proxy.wait(10) == 0
+
+
+def test_garbage_on_every_port_harms_nobody_else(start: Start) -> None:
+    mesh = start()
+    client, web, plain = mesh.pods["client"], mesh.pods["web"], mesh.pods["plain"]
+    get(client)
+    hello = bytes.fromhex("16030100f0010000ec0303") + os.urandom(40)  # half a ClientHello
+    words = [hello, b"\x16", b"GET / HTTP/1.1\r\nx: ", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + os.urandom(200),
+             os.urandom(3000), b"\r\n" * 5000, b"A" * 100_000]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for word in words:
+            for pod, address in ((client, (WEB, 80)), (plain, (web.ip, 8080)), (plain, (web.ip, 4143)), (plain, (web.ip, 4190))):
+                for _ in range(5):
+                    with contextlib.suppress(OSError):
+                        io = stack.enter_context(pod.connect(*address, timeout=2))
+                        io.sendall(word)
+        took = []
+        for _ in range(5):
+            before = time.monotonic()
+            assert get(client)[0] == 200
+            took.append(time.monotonic() - before)
+        assert min(took) < 0.05, took
+        for pod in (client, web):
+            assert pod.proxy
+            assert _rss_mib(pod.proxy.pid) < 40
+    assert json.loads(get(client)[1])
+
+
+def _rss_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmRSS")
+
+
+def test_nothing_readable_is_on_the_wire_between_meshed_pods(start: Start) -> None:
+    mesh = start()
+    client, web = mesh.pods["client"], mesh.pods["web"]
+    canary = b"canary-5f2e9c41"
+    capture = mesh.router.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)))
+    with capture:
+        capture.setblocking(False)
+        with http_client(client.connect(WEB, 80)) as http:
+            http.request("POST", "/" + canary.decode(), body=canary)
+            assert http.getresponse().read() == canary
+        with client.connect(WEB, 9000) as io:
+            io.sendall(b"\x00" + canary)
+            assert io.recv(100) == b"\x00" + canary
+        packets = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packets.append(capture.recv(65536))
+    between = [packet for packet in packets if socket.inet_aton(web.ip) in packet[26:34]]
+    assert between
+    assert not [packet for packet in between if canary in packet]
+    assert [packet for packet in between if b"\x17\x03\x03" in packet], "TLS 1.3 records"
