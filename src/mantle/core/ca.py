@@ -145,7 +145,7 @@ def load_issuer(issuer_pem: bytes, key_pem: bytes, roots_pem: bytes) -> Issuer |
     Accepts P-256 issuers only: a leaf must be signed with ECDSA-with-SHA256. Says nothing about time: `check_issuer`
     does.
     """
-    fix = "give identity the files of one `mantle install` or one trust rotation"
+    fix = "give identity an issuer, its key and trust roots that were made together"
     try:
         chain = x509.load_pem_x509_certificates(issuer_pem)
         roots = x509.load_pem_x509_certificates(roots_pem)
@@ -205,7 +205,7 @@ def check_csr(der: bytes, identity: str) -> CheckedCsr | Refusal:
         csr = x509.load_der_x509_csr(der)
         key = csr.public_key()
         names = _requested_names(csr)
-        common_names = _common_names(csr)
+        common_names = _common_names(csr, long=len(identity) > _MAX_COMMON_NAME)
         algorithm = csr.signature_hash_algorithm
     except Exception as error:
         # The parser's errors for hostile bytes are many (ValueError, UnsupportedAlgorithm, ParseError, …), and all mean
@@ -452,13 +452,13 @@ def _requested_names(csr: x509.CertificateSigningRequest) -> list[tuple[str, str
     return [(kinds.get(type(name), type(name).__name__), str(name.value)) for name in names]
 
 
-def _common_names(csr: x509.CertificateSigningRequest) -> list[str]:
-    """The request's common names. Some are longer than the 64 characters of RFC 5280, as proxies write the whole
-    identity.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Attribute's length must be", UserWarning)
+def _common_names(csr: x509.CertificateSigningRequest, long: bool) -> list[str]:
+    """The request's common names. `long`: over 64 characters are expected, as proxies write their identity."""
+    if not long:
         return [str(attribute.value) for attribute in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    with warnings.catch_warnings():  # cryptography warns of such names, each time anew
+        warnings.filterwarnings("ignore", "Attribute's length must be", UserWarning)
+        return _common_names(csr, long=False)
 
 
 def _key_kind(key: object) -> str:
