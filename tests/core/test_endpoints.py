@@ -210,6 +210,20 @@ def test_moved_proxy_ports_move_the_answer() -> None:
     assert isinstance(admin, Profile) and admin.endpoint is not None and admin.endpoint.opaque_transport is None
 
 
+def test_a_proxy_that_restarts_does_not_turn_its_clients_to_plaintext() -> None:
+    running = pod("web-1", "10.0.0.1")
+    first = World.empty(MESH).next(snapshot(1, SERVICE, running))
+    restarting = first.next(snapshot(2, SERVICE, replace(running, proxy_started=False)))
+    (endpoint,) = service_endpoints(restarting, ServiceTarget(WEB, 80)).by_address.values()
+    assert endpoint.tls == IDENTITY.format("web", "emojivoto")
+    another = restarting.next(snapshot(3, SERVICE, replace(running, uid="another", proxy_started=False)))
+    (endpoint,) = service_endpoints(another, ServiceTarget(WEB, 80)).by_address.values()
+    assert endpoint.tls is NoIdentity.PROXY_NOT_STARTED
+    unlabelled = first.next(snapshot(2, SERVICE, replace(running, labels={"app": "web"})))
+    (endpoint,) = service_endpoints(unlabelled, ServiceTarget(WEB, 80)).by_address.values()
+    assert endpoint.tls is NoIdentity.NOT_MESHED
+
+
 # ---- opaque ports ----
 
 OPAQUE = "config.mantle.dev/opaque-ports"

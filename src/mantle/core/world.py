@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mantle.core.annotations import LABEL_CONTROL_NS, PREFIX, Config, port_ranges, read_config
 from mantle.core.model import EMPTY, Key, Namespace, Pod, Service, ServicePort, Snapshot
@@ -104,7 +104,7 @@ class World:
             if known is not None and known.pod is pod and namespace is self.snapshot.namespaces.get(key.namespace):
                 fact = known
             else:
-                fact = pod_facts(self.mesh, pod, namespace)
+                fact = _once_meshed(known, pod_facts(self.mesh, pod, namespace))
             facts[key] = fact
             by_namespace.setdefault(key.namespace, []).append(fact)
             if pod.ip and not pod.host_network and pod.phase in ("Pending", "Running"):
@@ -147,6 +147,13 @@ def pod_facts(mesh: Mesh, pod: Pod, namespace: Namespace | None) -> PodFacts:
         admin_port=config.get("admin-port", ADMIN_PORT),
         policy="deny" if policy_mistaken else config.get("default-inbound-policy", mesh.default_policy),
     )
+
+
+def _once_meshed(before: PodFacts | None, now: PodFacts) -> PodFacts:
+    """A pod whose proxy has run keeps its identity while that restarts: a crash must not turn clients to plaintext."""
+    if before is None or before.pod.uid != now.pod.uid or now.identity is not NoIdentity.PROXY_NOT_STARTED:
+        return now
+    return now if isinstance(before.identity, NoIdentity) else replace(now, identity=before.identity)
 
 
 def _identity(mesh: Mesh, pod: Pod) -> str | NoIdentity | BadName:

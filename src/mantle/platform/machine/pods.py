@@ -95,7 +95,8 @@ class PodState:
             phase=phase,
             ready=self.ready,
             node=node,
-            proxy_started=proxy is not None and proxy.state == "running",
+            # Also while it restarts: a pod that loses its identity is reached in plaintext.
+            proxy_started=proxy is not None and (proxy.state == "running" or proxy.restarts > 0),
             probe_paths=tuple((port, path) for port, path in meta["probe_paths"]),
         )
 
