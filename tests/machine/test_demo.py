@@ -1,0 +1,105 @@
+"""The demo, as a person sees it: as root and as a user, from this checkout and from wheels without Rust."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.root, pytest.mark.mesh, pytest.mark.slow, pytest.mark.timeout(200)]
+
+ROOT = Path(__file__).resolve().parents[2]
+EDGES = """\
+vote-bot     web        default.emojivoto   web.emojivoto       -
+web          emoji      web.emojivoto       emoji.emojivoto     -
+web          voting     web.emojivoto       voting.emojivoto    -
+"""
+TAP = re.compile(
+    r"req id=\d+:\d+ proxy=(in |out) src=10\.203\.\d+\.\d+:\d+ dst=10\.203\.\d+\.\d+:\d+ tls=true "
+    r":method=(GET|POST) :authority=(\S+) :path=(\S+)"
+)
+REQUESTS = {
+    ("GET", "web-svc.emojivoto:80", "/api/list"),
+    ("POST", "emoji-svc.emojivoto:8080", "/emojivoto.v1.EmojiService/ListAll"),
+}
+
+
+async def demo(program: list[str], *arguments: str) -> str:
+    """Runs the demo for some seconds, with the page asked for once while it runs; its standard output."""
+    process = await asyncio.create_subprocess_exec(
+        *program, "demo", "--for", "6s", *arguments,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout and process.stderr
+    said = b""
+    while not said.endswith(b"\n\n") or b"vote at" not in said:
+        line = await process.stdout.readline()
+        assert line, (said + await process.stderr.read()).decode()
+        said += line
+    address = re.search(rb"vote at (http://127\.0\.0\.1:\d+)", said)
+    assert address
+    page = await asyncio.to_thread(urllib.request.urlopen, address[1].decode(), timeout=10)
+    assert b"<title>Emoji Vote</title>" in page.read()
+    out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    return (said + out).decode()
+
+
+def check(said: str) -> None:
+    """Every edge is encrypted, and the requests of the bot and of web are seen from both sides, all of them TLS."""
+    assert EDGES in said
+    lines = [line for line in said.splitlines() if line.startswith(("req ", "rsp ", "end "))]
+    assert all(" tls=true " in line for line in lines)
+    seen = {(m[1], m[2], m[3], m[4]) for line in lines if (m := TAP.fullmatch(line))}
+    for side in ("in ", "out"):
+        assert {found[1:] for found in seen if found[0] == side} >= REQUESTS
+
+
+def nothing_left() -> None:
+    running = [
+        p.joinpath("cmdline") for p in Path("/proc").iterdir() if p.name.isdigit() and int(p.name) != os.getpid()
+    ]
+    assert not [line for path in running if b"mantle" in (line := path.read_bytes())]
+    links = [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines() if ":" in line]
+    assert [name for name in links if name.startswith("mantle")] == []
+
+
+def test_the_demo_proves_encryption_and_leaves_nothing(host: Any, mantle_proxy: Path) -> None:
+    async def scene() -> None:
+        check(await demo([sys.executable, "-m", "mantle"]))
+        nothing_left()
+
+    host.play(scene, seconds=120, prepare=lambda: os.environ.update(MANTLE_PROXY_PATH=str(mantle_proxy)))
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty environment with both wheels in it; its `bin`."""
+    place = tmp_path_factory.mktemp("installed")
+    profile = (ROOT / ".venv" / ".mantle-profile").read_text().strip()
+    subprocess.run(
+        [ROOT / "scripts/wheels.sh", profile, place / "wheels"], check=True, capture_output=True, timeout=600
+    )
+    subprocess.run([sys.executable, "-m", "venv", place / "env"], check=True, timeout=120)
+    wheels = [str(path) for path in (place / "wheels").glob("*.whl")]
+    pip = [place / "env/bin/python", "-m", "pip", "install", "--quiet", *wheels]
+    subprocess.run(pip, check=True, timeout=300, cwd=place)
+    return place / "env/bin"
+
+
+@pytest.mark.parametrize("host", [0], ids=["root"], indirect=True)
+def test_the_demo_from_wheels_needs_neither_rust_nor_the_checkout(host: Any, installed: Path) -> None:
+    async def scene() -> None:
+        os.environ["PATH"] = "/usr/bin:/bin"
+        os.environ.pop("PYTHONPATH", None)
+        check(await demo([str(installed / "mantle")]))
+        nothing_left()
+
+    host.play(scene, seconds=120)
