@@ -18,7 +18,7 @@ from mantle.core.model import Key, Owner, Pod, Snapshot
 from mantle.core.names import MeshNames
 from mantle.gen.io.linkerd.proxy import tap_pb2
 from mantle.platform.port import TokenClaims, TokenRejected
-from mantle.viz import app
+from mantle.viz import api, app
 from mantle.viz.api import Api
 from mantle.viz.mesh import subject_of
 from mantle.viz.promtext import Series
@@ -125,6 +125,20 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
             async with client.session.post("http://viz/v1/tap", data=bad) as answer:
                 assert answer.status == 400
         assert (await client.get("/v1/nothing"))[0] == 404
+
+    play(tmp_path / "viz.sock", scene)
+
+
+def test_a_silent_tap_beats_so_that_relays_notice_a_reader_that_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "HEARTBEAT_SECONDS", 0.01)
+
+    async def scene(client: Client) -> None:
+        target = {"kind": "deployment", "name": "", "namespace": "emojivoto"}
+        async with client.session.post("http://viz/v1/tap", data=json.dumps({"target": target})) as answer:
+            lines = {await answer.content.readline() for _ in range(4)}
+        assert b"\n" in lines
 
     play(tmp_path / "viz.sock", scene)
 

@@ -11,7 +11,7 @@ from mantle.core.model import Key, Owner, Pod, Service, Snapshot
 from mantle.viz.mesh import subject_of
 from mantle.viz.promtext import Series
 from mantle.viz.source import Point, Traffic
-from mantle.viz.stat import Peer, StatQuery, quantile, stat_rows
+from mantle.viz.stat import Peer, StatQuery, quantile, short_authority, stat_rows
 
 
 def pod(workload: str, number: int = 1, *, meshed: bool = True, namespace: str = "emojivoto") -> Pod:
@@ -122,6 +122,22 @@ def test_latency_comes_from_the_buckets() -> None:
     points = [point(WEB, "response_latency_ms_bucket", v, le=le, **IN) for le, v in buckets.items()]
     web = ask("deployment", response(WEB, 100, **IN), *points)["web"]
     assert (web["latency_ms_p50"], web["latency_ms_p95"], web["latency_ms_p99"]) == (2, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("authority", "shown"),
+    [
+        ("web-svc.emojivoto.svc.cluster.local:80", "web-svc.emojivoto:80"),
+        ("web-svc.emojivoto:80", "web-svc.emojivoto:80"),
+        ("web-svc.emojivoto.svc.cluster.local", "web-svc.emojivoto"),
+        ("0.web.emojivoto.svc.cluster.local:80", "0.web.emojivoto.svc.cluster.local:80"),
+        ("example.com:443", "example.com:443"),
+        ("other", "other"),
+        ("", ""),
+    ],
+)
+def test_authorities_are_short(authority: str, shown: str) -> None:
+    assert short_authority(authority) == shown
 
 
 @pytest.mark.parametrize(

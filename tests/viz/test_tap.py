@@ -67,7 +67,7 @@ def test_an_ended_pod_is_no_target() -> None:
             "no pods to tap for type=deployment name=nope in namespace emojivoto",
         ),
         (Target("pod", "vote-bot-1", "emojivoto"), "emojivoto/vote-bot-1 is who watches, and cannot watch itself"),
-        (Target("job", "", "emojivoto"), "1 pods found that are not in the mesh: emojivoto/migrate-1"),
+        (Target("job", "", "emojivoto"), "1 pod found, but not in the mesh: emojivoto/migrate-1"),
     ],
 )
 def test_nothing_to_tap_says_why(target: Target, message: str) -> None:

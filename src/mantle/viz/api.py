@@ -6,6 +6,7 @@ here, once, with every mistake reported at once; answers are made by `edges`, `s
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from mantle.viz.world import World
 EDGES_WINDOW_SECONDS = 300.0
 STAT_WINDOW_SECONDS = 60.0
 MAX_WINDOW_SECONDS = 15 * 60.0
+HEARTBEAT_SECONDS = 2.0
+"""Between the empty lines of a tap: they show each relay on the way that its reader is gone, even without events."""
 MAX_BODY_BYTES = 64 << 10
 
 
@@ -42,6 +45,7 @@ class Api:
 
     def __init__(self, world: World, source: MetricsSource, proxies: tap.Observes, health: HealthOf) -> None:
         self._world, self._source, self._proxies, self._health = world, source, proxies, health
+        self.open_taps = 0
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors])
@@ -107,10 +111,20 @@ class Api:
         async def emit(event: Mapping[str, Any]) -> None:
             await response.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
 
+        async def beat() -> None:
+            while True:
+                await asyncio.sleep(HEARTBEAT_SECONDS)
+                await response.write(b"\n")
+
+        self.open_taps += 1
         try:
-            await tap.watch(self._world, self._proxies, query, emit)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(beat())
+                group.create_task(tap.watch(self._world, self._proxies, query, emit))
         except* ConnectionError:  # the client went: that is how a tap ends
             pass
+        finally:
+            self.open_taps -= 1
         return response
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from mantle.core.model import Key
@@ -113,10 +113,11 @@ async def run(options: Options, platform: Platform) -> None:
             control_namespace=options.names.control_namespace,
             interval=options.interval,
         )
+        api = Api(world, scraper, proxies, scraper)
         registry = CollectorRegistry()
-        registry.register(_Metrics(scraper))
+        registry.register(_Metrics(scraper, api))
         await _serve_port(servers, admin(world, registry), options.admin_host, options.admin_port)
-        await _serve_socket(servers, Api(world, scraper, proxies, scraper).application(), options.api)
+        await _serve_socket(servers, api.application(), options.api)
         log.info("listening on %s and %s:%d", options.api, options.admin_host, options.admin_port)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(world.follow(platform)), tasks.create_task(scraper.run())]
@@ -176,13 +177,14 @@ def _bind(path: Path) -> socket.socket:
 class _Metrics(Collector):
     """viz's own state, read when asked for."""
 
-    def __init__(self, scraper: Scraper) -> None:
-        self._scraper = scraper
+    def __init__(self, scraper: Scraper, api: Api) -> None:
+        self._scraper, self._api = scraper, api
 
-    def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
+    def collect(self) -> list[GaugeMetricFamily]:
         health = self._scraper.health()
         return [
             GaugeMetricFamily("mantle_viz_pods", "Proxies asked in the last round.", value=health.pods),
             GaugeMetricFamily("mantle_viz_failing_pods", "Proxies that did not answer.", value=len(health.failing)),
             GaugeMetricFamily("mantle_viz_window_entries", "Numbers in the window.", value=self._scraper.entries),
+            GaugeMetricFamily("mantle_viz_open_taps", "Taps that somebody watches now.", value=self._api.open_taps),
         ]

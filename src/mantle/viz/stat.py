@@ -109,7 +109,7 @@ def _row_of(point: Point, query: StatQuery) -> _RowKey | None:
 def _source(point: Point, kind: str) -> _RowKey | None:
     subject = point.subject
     if kind == "authority":
-        return subject.namespace, _authority(point)
+        return subject.namespace, short_authority(point.label("authority"))
     if kind == "namespace":
         return subject.namespace, subject.namespace
     if kind == "pod":
@@ -120,15 +120,8 @@ def _source(point: Point, kind: str) -> _RowKey | None:
 def _destination(point: Point, kind: str) -> _RowKey | None:
     namespace = point.label("dst_namespace")
     if kind == "authority":
-        return point.subject.namespace, _authority(point)
+        return point.subject.namespace, short_authority(point.label("authority"))
     return (namespace, namespace) if kind == "namespace" else (namespace, point.label(f"dst_{kind}"))
-
-
-def _authority(point: Point) -> str:
-    """`web-svc.emojivoto:80`, as people write it and the seeds show it; proxies report the full service name."""
-    host, colon, port = point.label("authority").rpartition(":")
-    short, svc, _ = host.partition(".svc.")
-    return f"{short}{colon}{port}" if svc else point.label("authority")
 
 
 def _is_source(point: Point, peer: Peer) -> bool:
@@ -210,6 +203,13 @@ def _row(key: _RowKey, sums: _Sums, pods: list[Pod] | None, seconds: float, kind
         "tcp_write_bytes_rate": sums.written / seconds if sums.tcp_seen else None,
         "tls": sums.secured / responses if responses else None,
     }
+
+
+def short_authority(authority: str) -> str:
+    """`name.namespace:port` of a service's full name, however a proxy spells it; other authorities as they are."""
+    host, colon, port = authority.partition(":")
+    name, found, _ = host.partition(".svc.")
+    return name + colon + port if found and name.count(".") == 1 else authority
 
 
 def quantile(buckets: Mapping[float, float], q: float) -> int | None:

@@ -58,8 +58,8 @@ def choose(world: World, query: TapQuery) -> list[Pod]:
     if pods:
         names = ", ".join(str(pod.key) for pod in pods)
         raise NothingToTap(
-            f"{len(pods)} pods found that are not in the mesh: {names}",
-            "remove `mantle.dev/inject: disabled` from them and apply again",
+            f"{len(pods)} {'pod' if len(pods) == 1 else 'pods'} found, but not in the mesh: {names}",
+            "remove `mantle.dev/inject: disabled` and apply again",
         )
     known = sorted({pod.key.namespace for pod in snapshot.pods.values()})
     raise NothingToTap(
