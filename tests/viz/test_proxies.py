@@ -49,13 +49,14 @@ class Proxy(grpc.GenericRpcHandler):
         limit = tap_pb2.ObserveRequest.FromString(request).limit
         if limit == 0:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
-        for _ in range(limit):
-            yield tap_pb2.TapEvent().SerializeToString()
-        if limit > 1:
-            try:
+        try:
+            for _ in range(limit):
+                yield tap_pb2.TapEvent().SerializeToString()
+            if limit > 1:
                 await asyncio.Event().wait()
-            finally:
-                self.cancelled.set()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
 
     async def serve_metrics(self, request: web.Request) -> web.Response:
         self.demanded.append(request.headers.get("l5d-require-id"))
