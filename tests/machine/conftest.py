@@ -206,6 +206,7 @@ class Host:
     def _furnish(self, prepare: Callable[[], None]) -> None:
         ns.mount(None, "/", None, ns.MS_REC | ns.MS_PRIVATE)
         ns.mount("proc", "/proc", "proc")
+        ns.mount("sysfs", "/sys", "sysfs")
         ns.mount("tmpfs", "/run", "tmpfs", 0, "mode=755")
         ns.mount("tmpfs", "/dev/shm", "tmpfs", 0, "mode=1777")
         Route().up(1)

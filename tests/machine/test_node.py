@@ -139,13 +139,14 @@ print("sent")
     root_host.play(scene)
 
 
-def test_ipv6_is_off_but_for_loopback(host: Any, echo: ContainerSpec) -> None:
+def test_a_pod_has_one_link_and_ipv6_only_on_loopback(host: Any, echo: ContainerSpec) -> None:
     async def scene() -> None:
         async with host.mesh() as mesh:
             await mesh.start("a", A, echo)
             await mesh.says("a", "ready")
             addresses = await mesh.ask("a", "print(open('/proc/net/if_inet6').read())")
             assert [line.split()[-1] for line in addresses.splitlines()] == ["lo"]
+            assert await mesh.ask("a", "print(sorted(os.listdir('/sys/class/net')))") == "['eth0', 'lo']"
 
     host.play(scene)
 

@@ -361,7 +361,11 @@ def test_exec_and_probes(host: Any, idle: ContainerSpec) -> None:
             hung = await pod.probe("app", ["/bin/sh", "-c", "echo begun; sleep 100 & sleep 100"], 0.3)
             assert hung == client.ProbeResult(None, "begun")
             assert time.monotonic() - started < 3
-            assert (await pod.probe("app", ["/bin/sh", "-c", "ls /proc | grep -c '^[0-9]'"], 5)).output == "5"
+            # The command's children, too, are gone.
+            while (
+                await pod.probe("app", ["/bin/sh", "-c", "cat /proc/[0-9]*/comm | grep -q sleep"], 5)
+            ).exit_code == 0:
+                await asyncio.sleep(0.01)
 
     host.play(scene)
 
@@ -416,7 +420,10 @@ def test_signals_reach_a_command(host: Any, idle: ContainerSpec) -> None:
             command = os.fork()
             if command == 0:
                 script = "trap 'exit 9' INT; echo up; while :; do sleep 0.05; done"
-                os._exit(direct.exec_in_pod(mesh.dir("a"), "app", ["/bin/sh", "-c", script], (0, writer, writer)))
+                try:
+                    os._exit(direct.exec_in_pod(mesh.dir("a"), "app", ["/bin/sh", "-c", script], (0, writer, writer)))
+                finally:
+                    os._exit(100)
             assert os.read(reader, 3) == b"up\n"
             os.kill(command, signal.SIGINT)
             assert os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]) == 9

@@ -300,6 +300,10 @@ def _join(place: Place, spec: ContainerSpec, app: int, command: Command, stdio: 
     ns.close_other_fds(())
 
     def forward(number: int) -> None:
-        os.killpg(pid, signal.SIGKILL if number == signal.SIGUSR1 else number)
+        number = signal.SIGKILL if number == signal.SIGUSR1 else number
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:  # it leads no group of its own yet
+            os.kill(pid, number)
 
     attend(pid, forward)

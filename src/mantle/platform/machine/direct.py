@@ -42,15 +42,23 @@ def exec_in_pod(
     that is nobody's controlling terminal yet.
     """
     with wire.Connection(Path(pod_dir) / "ctl.sock", timeout=None) as connection:
-        connection.call(exec_request(container, argv, env, cwd, tty), stdio)
+        early: list[int] = []
+        begun = False
 
         def forward(number: int, _frame: object) -> None:
+            if not begun:
+                early.append(number)
+                return
             with contextlib.suppress(OSError):
                 connection.send({"signal": number})
 
         passed_on = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, forward) for number in passed_on}
         try:
+            connection.call(exec_request(container, argv, env, cwd, tty), stdio)
+            begun = True
+            for number in early:
+                connection.send({"signal": number})
             answer, _ = connection.receive()
         finally:
             for number, handler in before.items():

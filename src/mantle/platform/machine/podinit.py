@@ -28,6 +28,7 @@ def main(place: Place, router_ip: str, backoff: float, node: socket.socket) -> N
         ns.mount(None, "/", None, ns.MS_REC | ns.MS_PRIVATE)
         with contextlib.suppress(OSError):
             ns.mount("proc", "/proc", "proc", ns.MS_NOSUID | ns.MS_NODEV | ns.MS_NOEXEC)
+        _own_sysfs()
         ns.sethostname(_hostname(place.pod))
         _write_files(place)
         if node.recv(16) != b"go":
@@ -43,6 +44,16 @@ def main(place: Place, router_ip: str, backoff: float, node: socket.socket) -> N
             node.send(json.dumps({"error": explained(error)}).encode())
     finally:
         os._exit(code)
+
+
+def _own_sysfs() -> None:
+    """/sys/class/net shows the pod's links, not the host's; control groups stay as they are. Where it is refused (a
+    container runtime has masked parts of /sys), the host's stays."""
+    groups = os.open("/sys/fs/cgroup", os.O_PATH | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):
+        ns.mount("sysfs", "/sys", "sysfs", ns.MS_NOSUID | ns.MS_NODEV | ns.MS_NOEXEC | ns.MS_RDONLY)
+        ns.mount(f"/proc/self/fd/{groups}", "/sys/fs/cgroup", None, ns.MS_BIND | ns.MS_REC)
+    os.close(groups)
 
 
 def _hostname(pod: PodSpec) -> str:
