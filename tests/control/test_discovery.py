@@ -307,6 +307,19 @@ def test_probes_have_a_route_of_their_own_and_the_rest_still_has_one() -> None:
     play(script, replace(WEB, probe_paths=((8080, "/ready"), (8080, "/live")), annotations=denied))
 
 
+def test_certify_is_open_to_tls_without_a_client_certificate_and_to_nothing_less() -> None:
+    component = {"mantle.dev/control-plane-component": "identity"}
+    account = {"namespace": "mantle", "service_account": "mantle-identity"}
+    own = pod("mantle-identity-x", "10.203.0.2", labels=component, **account)
+
+    async def script(server: Discovery) -> None:
+        question = port(8080, '{"ns":"mantle","pod":"mantle-identity-x"}')
+        (authz,) = (await server.open("WatchPort", question, "mantle-identity.mantle").next()).authorizations
+        assert authz.authentication.meshTLS.WhichOneof("clients") == "unauthenticated"
+
+    play(script, own)
+
+
 def test_half_a_question_about_a_port_is_refused() -> None:
     async def script(server: Discovery) -> None:
         for question in (port(0), port(65536), port(80, workload="")):

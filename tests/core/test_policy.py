@@ -92,6 +92,19 @@ def test_the_proxys_own_ports_always_detect_and_admit_everyone(port: int) -> Non
     assert [a.clients for a in answer.authorizations] == [Clients.ANYONE]
 
 
+@pytest.mark.parametrize("word", ["all-unauthenticated", "deny", "all-authenticated"])
+def test_certify_needs_tls_but_no_identity_whatever_the_default(word: str) -> None:
+    component = {"mantle.dev/control-plane-component": "identity"}
+    annotations = {CONFIG + "default-inbound-policy": word}
+    own = pod("mantle-identity-1", "10.0.0.1", namespace="mantle", labels=component, annotations=annotations)
+    impostor = pod("mantle-identity-1", "10.0.0.2", labels=component, annotations=annotations)
+    world = World.empty(MESH).next(snapshot(1, own, impostor))
+    (authorization,) = inbound(world, world.pods[own.key], 8080).authorizations
+    assert (authorization.clients, authorization.networks) == (Clients.ANY_TLS, EVERYWHERE)
+    assert inbound(world, world.pods[own.key], 9990).name == word
+    assert inbound(world, world.pods[impostor.key], 8080).name == word
+
+
 @pytest.mark.parametrize(
     ("port", "annotation", "opaque"),
     [(8080, None, False), (1, None, False), (5432, None, True), (5432, "", False), (8080, "http", True)],

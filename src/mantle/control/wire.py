@@ -169,6 +169,8 @@ def _authz(authorization: Authorization) -> inbound.Authz:
     match authorization.clients:
         case Clients.ANYONE:
             authentication = inbound.Authn(unauthenticated=anyone)
+        case Clients.ANY_TLS:
+            authentication = inbound.Authn(meshTLS=inbound.Authn.PermitMeshTLS(unauthenticated=anyone))
         case Clients.ANY_IDENTITY:
             every = inbound.Authn.PermitMeshTLS.PermitClientIdentities(suffixes=[inbound.IdentitySuffix()])
             authentication = inbound.Authn(meshTLS=inbound.Authn.PermitMeshTLS(identities=every))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from mantle.core.annotations import LABEL_COMPONENT
 from mantle.core.endpoints import AddressTarget, ServiceTarget, service_at, service_name
 from mantle.core.model import Key
 from mantle.core.world import EVERYWHERE, Mesh, Network, PodFacts, World
@@ -19,12 +20,18 @@ AUTHENTICATED = {"all-unauthenticated": "all-authenticated", "cluster-unauthenti
 first.
 """
 
+TLS_ONLY = "all-tls-unauthenticated"
+CERTIFY_PORT = 8080
+"""Identity's: asked by proxies that have no certificate yet, but never in plaintext, as they show their token."""
+
 
 class Clients(Enum):
     """Which clients an authorization is for."""
 
     ANYONE = auto()
     """With or without TLS."""
+    ANY_TLS = auto()
+    """Mesh TLS, with or without a client identity."""
     ANY_IDENTITY = auto()
     """Mesh TLS with any client identity."""
 
@@ -70,6 +77,8 @@ def inbound(world: World, facts: PodFacts, port: int) -> ServerPolicy:
     if port in (facts.control_port, facts.admin_port):
         open_to_all = Authorization("all-unauthenticated", EVERYWHERE, Clients.ANYONE)
         return ServerPolicy("all-unauthenticated", False, (open_to_all,))
+    if port == CERTIFY_PORT and _is_identity(world, facts):
+        return ServerPolicy(TLS_ONLY, False, (Authorization(TLS_ONLY, EVERYWHERE, Clients.ANY_TLS),))
     policy = facts.policy
     if port in facts.authenticated:
         policy = "all-authenticated" if policy == "audit" else AUTHENTICATED.get(policy, policy)
@@ -80,6 +89,12 @@ def inbound(world: World, facts: PodFacts, port: int) -> ServerPolicy:
         else tuple(sorted({path.partition("?")[0] for number, path in facts.pod.probe_paths if number == port}))
     )
     return ServerPolicy(policy, opaque, default_authorizations(world.mesh, policy), paths, world.mesh.probe_networks)
+
+
+def _is_identity(world: World, facts: PodFacts) -> bool:
+    """Whether it is a pod of identity. Only the control namespace's own label counts."""
+    pod = facts.pod
+    return pod.key.namespace == world.mesh.names.control_namespace and pod.labels.get(LABEL_COMPONENT) == "identity"
 
 
 def default_authorizations(mesh: Mesh, policy: str) -> tuple[Authorization, ...]:
