@@ -34,7 +34,7 @@ class Proxy(grpc.GenericRpcHandler):
     def __init__(self) -> None:
         self.demanded: list[object] = []
         self.metrics = web.Response(text="request_total 7\n")
-        self.cancelled = asyncio.Event()
+        self.ended = asyncio.Event()
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         self.demanded.append(dict(call.invocation_metadata).get("l5d-require-id"))
@@ -54,9 +54,8 @@ class Proxy(grpc.GenericRpcHandler):
                 yield tap_pb2.TapEvent().SerializeToString()
             if limit > 1:
                 await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
+        finally:
+            self.ended.set()
 
     async def serve_metrics(self, request: web.Request) -> web.Response:
         self.demanded.append(request.headers.get("l5d-require-id"))
@@ -101,7 +100,7 @@ def test_leaving_a_tap_ends_it_at_the_proxy() -> None:
     async def scene(proxy: Proxy, proxies: Proxies) -> None:
         async with contextlib.aclosing(proxies.observe(pod(), tap_pb2.ObserveRequest(limit=2))) as events:
             await anext(events)
-        await proxy.cancelled.wait()
+        await proxy.ended.wait()
 
     play(scene)
 
