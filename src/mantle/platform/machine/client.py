@@ -7,6 +7,7 @@ Every refusal is `wire.Refused` (reason, message, fix); a node or pod that is go
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
@@ -165,15 +166,15 @@ class PodClient:
         self._path = Path(pod_dir) / "ctl.sock"
 
     async def watch(self) -> AsyncIterator[PodStatus]:
-        """The status now, then each change. Ends when the pod has (the last status is also in `status.json`)."""
-        async with Channel(self._path) as channel:
-            await channel.send({"op": "watch"})
-            while True:
-                try:
+        """The status now, then each change. Ends when the pod has, at once if it had before; the last status is also
+        in `status.json`.
+        """
+        with contextlib.suppress(FileNotFoundError, ConnectionError):
+            async with Channel(self._path) as channel:
+                await channel.send({"op": "watch"})
+                while True:
                     message, _ = await channel.receive()
-                except ConnectionError:
-                    return
-                yield status_from_json(message["status"])
+                    yield status_from_json(message["status"])
 
     async def started(self, container: str) -> None:
         """Its startup probe has passed."""
