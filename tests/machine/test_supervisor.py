@@ -340,6 +340,36 @@ ls /brand-new /usr/share | tr '\\n' ' '; echo; ls -d /etc/passwd /usr/bin/env /d
     host.play(scene)
 
 
+def test_a_checkout_in_tmp(host: Any) -> None:
+    """/tmp is each container's own, but for what the container's program, arguments, environment or directory name."""
+
+    def prepare() -> None:
+        ns.mount("tmpfs", "/tmp", "tmpfs", 0, "mode=1777")
+        for name in ("checkout", "libraries", "other"):
+            Path("/tmp", name).mkdir()
+            Path("/tmp", name, "file").write_text(f"{name}\n")
+        script = Path("/tmp/checkout/run")
+        script.write_text("#!/bin/sh\ncat file; ls /tmp; touch /tmp/mine && echo written; cat $LIBRARIES\n")
+        script.chmod(0o755)
+        Path("/tmp/alone").write_text("#!/bin/sh\nls /tmp\n")
+        Path("/tmp/alone").chmod(0o755)
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            env = {"LIBRARIES": "/tmp/libraries/file", "PATH": "/nowhere:/bin:/usr/bin"}
+            run = ContainerSpec("app", Role.APP, ("/tmp/checkout/run",), env=env, cwd="/tmp/checkout")
+            await mesh.start("a", IP, run, restart=Restart.NEVER)
+            await mesh.ended("a")
+            assert mesh.log("a", "app") == ["checkout", "checkout", "libraries", "written", "libraries"]
+            assert not Path("/tmp/mine").exists()
+            alone = ContainerSpec("app", Role.APP, ("/tmp/alone",), env={"PATH": "/bin:/usr/bin"})
+            await mesh.start("b", "10.203.0.6", alone, restart=Restart.NEVER)
+            await mesh.ended("b")
+            assert mesh.log("b", "app") == ["alone", "checkout", "libraries", "other"]
+
+    host.play(scene, prepare=prepare)
+
+
 def test_exec_and_probes(host: Any, idle: ContainerSpec) -> None:
     async def scene() -> None:
         async with host.mesh() as mesh:

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -154,9 +155,10 @@ def build_view(place: Place, spec: ContainerSpec) -> int:
     volumes = [(m, view.open(m.source)) for m in spec.mounts]
     files = [(name, view.open(str(path))) for name in _FILES if (path := place.directory / "etc" / name).exists()]
     program = _open_program(spec.argv[0])
-    wanted = [*place.pod.expose, *_below_tmp(spec.cwd, str(Path(spec.argv[0]).parent))]
-    exposed = [(path, view.open(path)) for path in sorted(set(wanted))]
-    view.scratch("/tmp")
+    of_tmp = _named_in_tmp(spec)
+    exposed = [(path, view.open(path)) for path in sorted({*place.pod.expose, *(of_tmp or ())})]
+    if of_tmp is not None:
+        view.scratch("/tmp")
     view.scratch("/dev/shm")
     uid, gids = (0, [0]) if place.rootless else (spec.uid, [spec.gid, *spec.groups])
     view.expose(exposed, uid, gids)
@@ -170,9 +172,19 @@ def build_view(place: Place, spec: ContainerSpec) -> int:
     return program
 
 
-def _below_tmp(*directories: str) -> list[str]:
-    """/tmp is a container's own: a program that lives in the host's is brought back."""
-    return [d for d in directories if d.startswith("/tmp/") and Path(d).is_dir()]
+def _named_in_tmp(spec: ContainerSpec) -> set[str] | None:
+    """/tmp is a container's own, but what its program, arguments, environment or directory name there is brought back,
+    whole entries of /tmp each: a checkout may lie there. None if /tmp itself is one of them and must stay the host's.
+    """
+    program = Path(spec.argv[0])
+    if spec.cwd == "/tmp" or program.parent == Path("/tmp"):
+        return None
+    first = b""
+    with contextlib.suppress(OSError), program.open("rb") as file:
+        first = file.readline(4096)
+    named = [*spec.argv, spec.cwd, *spec.env.values(), first[2:].decode(errors="replace") if first[:2] == b"#!" else ""]
+    found = {match for text in named for match in re.findall(r"(?<![^\s:=,;\"'])/tmp/[^/\s:,;\"']+", text)}
+    return {path for path in found if os.path.lexists(path)}
 
 
 def _open_program(path: str) -> int:
