@@ -115,9 +115,25 @@ pub(crate) async fn run(
                 renew::after_failure(failures, tls::random())
             }
         };
-        tokio::time::sleep(wait).await;
+        sleep_until(SystemTime::now() + wait).await;
     }
 }
+
+/// Waits until the wall clock says `due`. A certificate ends by that clock, and a timer does not count the time that a
+/// machine was suspended: so the clock is looked at now and then.
+async fn sleep_until(due: SystemTime) {
+    while let Some(nap) = nap(SystemTime::now(), due) {
+        tokio::time::sleep(nap).await;
+    }
+}
+
+/// How long to sleep before looking at the clock again; `None`: it is time.
+fn nap(now: SystemTime, due: SystemTime) -> Option<Duration> {
+    let left = due.duration_since(now).ok().filter(|left| !left.is_zero())?;
+    Some(left.min(LOOK_AT_CLOCK))
+}
+
+const LOOK_AT_CLOCK: Duration = Duration::from_secs(15);
 
 async fn certify(
     config: &IdentityConfig,

@@ -163,6 +163,15 @@ async fn no_token_and_no_service_are_waited_for() {
 }
 
 #[test]
+fn a_renewal_that_a_suspended_machine_slept_through_is_done_at_once() {
+    let (now, hour) = (SystemTime::now(), Duration::from_secs(3600));
+    assert_eq!(nap(now, now + hour), Some(LOOK_AT_CLOCK));
+    assert_eq!(nap(now, now + Duration::from_secs(3)), Some(Duration::from_secs(3)));
+    assert_eq!(nap(now + hour * 8, now + hour), None);
+    assert_eq!(nap(now, now), None);
+}
+
+#[test]
 fn a_signing_request_names_us_once_and_proves_the_key() {
     let key = KeyPair::generate().expect("key");
     let der = signing_request(&key, WEB).expect("csr");
