@@ -8,6 +8,7 @@ import sys
 import click
 import pytest
 
+import mantle
 from mantle.cli import main, output, resource
 from mantle.cli.duration import seconds_of
 from mantle.cli.main import Globals, cli, mesh_command
@@ -83,6 +84,11 @@ def test_exit_codes_and_messages(words: list[str], code: int, said: str) -> None
     assert (ended.returncode, ended.stdout) == (code, "")
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_the_version_as_every_program_tells_it() -> None:
+    ended = run("--version")
+    assert (ended.returncode, ended.stdout) == (0, f"mantle {mantle.__version__}\n")
 
 
 def test_help_names_every_command_and_imports_none() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+import mantle
 from mantle.cli.output import Failure
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -173,6 +174,7 @@ def _format_options(command: click.Command, ctx: click.Context, formatter: click
     params=[*_global_options(top=True)],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+@click.version_option(mantle.__version__, "--version", message="mantle %(version)s")
 def cli() -> None:
     """Automatic mutual TLS between workloads: on this machine and on Kubernetes."""
 
