@@ -231,14 +231,56 @@ def test_wrong_files_start_nothing(host: Any, mantle_proxy: Path) -> None:
     host.play(scene, seconds=60, prepare=lambda: prepare(mantle_proxy))
 
 
-def test_the_demo_proves_encryption_on_every_edge_and_leaves_nothing(host: Any, mantle_proxy: Path) -> None:
+def test_up_in_the_foreground_ends_with_ctrl_c(host: Any, mantle_proxy: Path) -> None:
     async def scene() -> None:
-        shown = json.loads(await mantle("demo", "--for", "2s", "-o", "json"))
-        assert shown["ok"] and not shown["wrong"]
-        ends = {(e["src"], e["dst"]): e for e in shown["edges"]}
-        for pair in (("vote-bot", "web"), ("web", "emoji"), ("web", "voting")):
-            assert ends[pair]["counts"]["secured"] and not ends[pair]["no_tls_reason"]
-        assert shown["web"].startswith("http://127.0.0.1:") and shown["tap"]
+        file = write_app(state_root().parent / "app")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "mantle", "--mesh", "m", "up", file, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
+        )  # fmt: skip
+        assert process.stderr is not None
+        line = b""
+        while b"Ctrl-C takes it down" not in line:
+            line = await process.stderr.readline()
+            assert line, "it ended by itself"
+        assert line.startswith(b"mesh m is up;"), line
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 0
         assert not state_root().exists() and not any("mantle" in line for line in processes())
 
     host.play(scene, seconds=90, prepare=lambda: prepare(mantle_proxy))
+
+
+def test_exec_gives_a_terminal(host: Any, mantle_proxy: Path) -> None:
+    async def scene() -> None:
+        await mantle("up", "-d", "--timeout", "1", write_app(state_root().parent / "app"), code=None)
+        await until_ready("client")
+        master, slave = os.openpty()
+        code = "import os, sys; print(os.isatty(0), sys.stdin.readline().strip().upper()); sys.exit(5)"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "mantle", "--mesh", "m", "exec", "-it", "pod/client", "--", sys.executable, "-c", code,
+            stdin=slave, stdout=slave, stderr=slave,
+        )  # fmt: skip
+        os.close(slave)
+        os.write(master, b"hello\r")
+        assert await process.wait() == 5
+        said = os.read(master, 10_000)
+        assert b"True HELLO" in said, said
+        await mantle("down")
+
+    host.play(scene, seconds=90, prepare=lambda: prepare(mantle_proxy))
+
+
+def test_the_mesh_of_another_user_is_said_to_be_so(user_host: Any, mantle_proxy: Path) -> None:
+    def prepare_foreign() -> None:
+        prepare(mantle_proxy)
+        Path("/run/mantle").mkdir(mode=0o711)
+        Path("/run/mantle/m").mkdir(mode=0o700)
+
+    async def scene() -> None:
+        file = write_app(state_root().parent / "app")
+        for words in (("ps",), ("up", "-d", file), ("down",)):
+            said = await mantle(*words, code=1)
+            assert "mesh m belongs to root" in said and "run the command as root" in said, said
+        assert not processes()
+
+    user_host.play(scene, seconds=60, prepare=prepare_foreign)

@@ -33,7 +33,7 @@ def with_terminal(run: Callable[[tuple[int, int, int]], int]) -> int:
     try:
         if ours:
             resize()
-            tty.setraw(stdin)
+            tty.setraw(stdin, termios.TCSANOW)  # what was typed already is for the command
         copier.start()
         code = run((slave, slave, slave))
         os.close(slave)
