@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+from mantle.platform.machine.netlink import Route
 from mantle.platform.machine.state import state_root
 
-# ruff: noqa: ASYNC240
+# ruff: noqa: ASYNC240, ASYNC110
 pytestmark = [pytest.mark.root, pytest.mark.mesh]
 
 APP = """\
@@ -187,6 +188,66 @@ def test_down_after_every_process_was_killed(host: Any, mantle_proxy: Path) -> N
     host.play(scene, seconds=60, prepare=lambda: prepare(mantle_proxy))
 
 
+GAP = """
+import socket, struct, sys, time
+name = b"".join(bytes([len(p)]) + p for p in b"web.shop.svc.cluster.local".split(b".")) + bytes(1)
+query = struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0) + name + struct.pack(">HH", 1, 1)
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(0.05)
+end, last, gap = time.monotonic() + 4, time.monotonic(), 0.0
+while time.monotonic() < end:
+    try:
+        s.sendto(query, (sys.argv[1], 53)); s.recv(512)
+    except OSError:
+        continue
+    gap, last = max(gap, time.monotonic() - last), time.monotonic()
+    time.sleep(0.01)
+print(gap)
+"""
+
+
+def test_dns_answers_again_within_a_second(root_host: Any, mantle_proxy: Path) -> None:
+    async def scene() -> None:
+        await mantle("up", "-d", "--timeout", "1", write_app(state_root().parent / "app"), code=None)
+        now = await until_ready("client")
+        gaps = []
+        for _ in range(3):  # the best of three: other tests share this machine's time
+            async with asyncio.TaskGroup() as tasks:
+                words = ("exec", "client", "-n", "shop", "--", sys.executable, "-c", GAP, now["dns_ip"])
+                asking = tasks.create_task(mantle(*words))
+                await asyncio.sleep(1.0)
+                os.kill((await status())["daemon_pid"], signal.SIGKILL)
+            gaps.append(float(asking.result()))
+            if gaps[-1] < 1.0:
+                break
+        assert min(gaps) < 1.0, gaps
+        await mantle("down")
+
+    root_host.play(scene, seconds=90, prepare=lambda: prepare(mantle_proxy))
+
+
+def test_a_network_that_the_host_uses_is_refused_and_nothing_is_left(root_host: Any, mantle_proxy: Path) -> None:
+    def prepare_route() -> None:
+        prepare(mantle_proxy)
+        route = Route()
+        route.route("10.9.0.0/16", interface=socket.if_nametoindex("lo"))
+        route.close()
+
+    async def scene() -> None:
+        file = write_app(state_root().parent / "app")
+        said = await mantle("up", "-d", "--pod-cidr", "10.9.0.0/17", file, code=1)
+        assert "10.9.0.0/17 overlaps 10.9.0.0/16" in said and "--pod-cidr" in said, said
+        while processes():  # the last one is just leaving
+            await asyncio.sleep(0.01)
+        assert not state_root().exists()
+        for wrong in ("10.9.0.0", "10.9.0.1/16", "127.0.0.0/8", "10.0.0.0/30", "::/64", "x"):
+            assert "--pod-cidr" in await mantle("up", "--pod-cidr", wrong, file, code=2)
+        assert "overlap" in await mantle(
+            "up", "--pod-cidr", "10.8.0.0/16", "--service-cidr", "10.8.1.0/24", file, code=2
+        )
+
+    root_host.play(scene, seconds=60, prepare=prepare_route)
+
+
 def test_port_forward_reaches_a_service_from_the_host(host: Any, mantle_proxy: Path) -> None:
     async def scene() -> None:
         await mantle("up", "-d", "--timeout", "1", write_app(state_root().parent / "app"), code=None)
@@ -235,7 +296,8 @@ def test_up_in_the_foreground_ends_with_ctrl_c(host: Any, mantle_proxy: Path) ->
     async def scene() -> None:
         file = write_app(state_root().parent / "app")
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "mantle", "--mesh", "m", "up", file, stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
+            sys.executable, "-m", "mantle", "--mesh", "m", "up", file,
+            stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         assert process.stderr is not None
         line = b""
@@ -257,7 +319,8 @@ def test_exec_gives_a_terminal(host: Any, mantle_proxy: Path) -> None:
         master, slave = os.openpty()
         code = "import os, sys; print(os.isatty(0), sys.stdin.readline().strip().upper()); sys.exit(5)"
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "mantle", "--mesh", "m", "exec", "-it", "pod/client", "--", sys.executable, "-c", code,
+            sys.executable, "-m", "mantle", "--mesh", "m", "exec", "-it", "pod/client",
+            "--", sys.executable, "-c", code,
             stdin=slave, stdout=slave, stderr=slave,
         )  # fmt: skip
         os.close(slave)

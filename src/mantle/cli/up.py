@@ -116,6 +116,7 @@ def _print(events: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def _check_cidrs(pod_cidr: str | None, service_cidr: str | None) -> None:
+    """Raises a usage error for networks that cannot hold pods or services."""
     import ipaddress
 
     networks = []
@@ -126,8 +127,10 @@ def _check_cidrs(pod_cidr: str | None, service_cidr: str | None) -> None:
             network = ipaddress.IPv4Network(text)
         except ValueError as error:
             raise click.UsageError(f"{flag} {text}: {error}; write it like 10.203.0.0/17") from error
-        if network.prefixlen > 27:
+        if "/" not in text or network.prefixlen > 27:
             raise click.UsageError(f"{flag} {text}: too small; use /27 or larger")
+        if network.is_loopback or network.is_multicast or network.is_link_local or network.is_unspecified:
+            raise click.UsageError(f"{flag} {text}: these addresses are not for pods; use a private network")
         networks.append(network)
     if len(networks) == 2 and networks[0].overlaps(networks[1]):
         raise click.UsageError("--pod-cidr and --service-cidr overlap")
