@@ -127,13 +127,30 @@ def _daemon(options: argparse.Namespace, ready: Any) -> int:
         config = found[0] if found else _config(options)
         node_pid = _node(config, store, found[1] if found else {})
         _write_pids(store)
-    except Exception as error:  # nothing runs yet: whoever started us is told, and nothing is left behind
-        _tell(ready, error)
+    except Exception as error:  # nothing runs yet: nothing is left behind, and whoever started us is told
         log.error("%s", error)
         if store.load_mesh() is None:
-            shutil.rmtree(store.path, ignore_errors=True)
+            _forget(store)
+        _tell(ready, error)
         return CANNOT_START
-    return asyncio.run(_serve(config, store, node_pid, ready, starting))
+    try:
+        return asyncio.run(_serve(config, store, node_pid, ready, starting))
+    except Exception as error:
+        log.exception("the daemon cannot go on")
+        if found is None and ready is not None and not ready.closed:  # it never came up
+            from mantle.platform.machine.direct import kill_node
+
+            kill_node(node_pid)
+            _forget(store)
+        _tell(ready, error)
+        return CANNOT_START
+
+
+def _forget(store: StateDir) -> None:
+    """A mesh that never came up leaves nothing behind."""
+    shutil.rmtree(store.path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other meshes are there
+        store.path.parent.rmdir()
 
 
 def _somebody_answers(store: StateDir) -> bool:
@@ -253,12 +270,10 @@ async def _serve(config: MeshConfig, store: StateDir, node_pid: int, ready: Any,
             loop.call_later(0.2, ended, 0)
 
         runner = await api.serve(api.Api(config, store, controller, proxy, node_pid, down), store.api)
-    except Exception as error:
-        log.exception("the daemon cannot start")
-        _tell(ready, error)
+    except BaseException:
         for task in tasks:
             task.cancel()
-        return CANNOT_START
+        raise
     os.close(starting)
     _tell(ready, None)
     log.info("mesh %s: ready", config.name)
