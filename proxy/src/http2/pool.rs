@@ -46,7 +46,8 @@ pub(super) async fn sender<S: Service>(
 ) -> Result<SendRequest<Bytes>, Refusal> {
     for _ in 0..ATTEMPTS {
         let slot = serving.pool.borrow_mut().slot(key);
-        let pooled = match slot.get_or_try_init(|| connect(serving, place)).await {
+        // Boxed because it is rare: each request under way is the smaller for it.
+        let pooled = match slot.get_or_try_init(|| Box::pin(connect(serving, place))).await {
             Ok(pooled) => pooled,
             Err(refusal) => {
                 forget(&serving.pool, key, &slot);

@@ -447,3 +447,21 @@ fn bytes_that_are_not_http2_end_the_connection() {
         assert!(matches!(served.await.unwrap(), End::Bad(_)), "typed");
     });
 }
+
+#[test]
+fn a_request_under_way_is_small() {
+    play(1, |stage| async move {
+        let serving = Rc::new(Serving { service: stage.service.clone(), pool: RefCell::default() });
+        let (near, far) = tokio::io::duplex(64 << 10);
+        let (client, connection) = client::handshake(near).await.unwrap();
+        spawn_local(connection);
+        spawn_local(async move {
+            let mut client = client.ready().await.unwrap();
+            let _ = client.send_request(get("/x").body(()).unwrap(), true).unwrap().0.await;
+        });
+        let mut server = server::handshake(far).await.unwrap();
+        let (request, respond) = server.accept().await.unwrap().unwrap();
+        let size = size_of_val(&serving.request(request, respond));
+        assert!(size <= 3_000, "{size} bytes");
+    });
+}

@@ -1,7 +1,8 @@
 //! What leaves a link, and in which order: control frames, new streams, then small streams before bulk, each in turn.
 //!
-//! `Session::transmit` fills one buffer per flush. Bytes accepted from an application wait in their stream, at most
-//! `STREAM_BUFFER` and never more than the peer has granted; the link as a whole stops accepting at `LINK_BUFFER`.
+//! `Session::transmit` hands out one buffer per flush. While nobody waits, what an application sends becomes frames of
+//! the next flush at once. Otherwise it waits in its stream, at most `STREAM_BUFFER` and never more than the peer has
+//! granted; the link as a whole stops accepting at `LINK_BUFFER`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -13,8 +14,10 @@ use super::{Limits, Open, StreamId};
 /// The sending half of a link.
 #[derive(Debug)]
 pub(super) struct Sender {
-    /// Encoded frames that go first.
-    pub(super) control: Vec<u8>,
+    /// Encoded frames, in the order of what they tell: the start of the next flush.
+    pub(super) ready: Vec<u8>,
+    /// The last DATA frame in `ready`: its stream, and where its header is.
+    last: Option<(StreamId, usize)>,
     /// Streams to which credit is due.
     pub(super) grants: Vec<StreamId>,
     /// What the peer's link window still takes.
@@ -55,30 +58,81 @@ impl Session {
     pub fn send(&mut self, now: Duration, id: StreamId, bytes: &[u8]) -> usize {
         let Some(stream) = self.streams.get_mut(&id) else { return 0 };
         let sending = &mut stream.sending;
-        let room = if self.sender.waiting >= LINK_BUFFER { 0 } else { sending.room() };
-        let taken = bytes.len().min(room);
-        sending.waiting.extend(&bytes[..taken]);
-        self.sender.waiting += taken;
+        let room = sending.room();
+        let taken = bytes.len().min(if self.sender.waiting >= LINK_BUFFER { 0 } else { room });
         if taken < bytes.len() && !sending.starved {
             sending.starved = true;
-            if sending.window <= sending.waiting.len() as i64 {
+            if sending.window <= (sending.waiting.len() + taken) as i64 {
                 sending.blocked_since.get_or_insert(now);
             }
-            if sending.room() > 0 {
+            if room > taken {
                 self.sender.starved.push(id); // the link is full, not the stream
             }
         }
-        if taken > 0 {
-            self.sender.enqueue(now, id, sending);
+        if taken > 0 && !self.cut_through(now, id, &bytes[..taken]) {
+            self.wait(now, id, &bytes[..taken]);
         }
         taken
     }
 
+    /// Nobody waits and the next flush has room: the bytes become frames now. False: they must wait.
+    fn cut_through(&mut self, now: Duration, id: StreamId, bytes: &[u8]) -> bool {
+        let Some(stream) = self.streams.get(&id) else { return false };
+        let sender = &self.sender;
+        let alone = sender.small.is_empty() && sender.bulk.is_empty() && stream.sending.waiting.is_empty();
+        let fits = sender.ready.len() + bytes.len() <= FLUSH && sender.link_window >= bytes.len() as i64;
+        if !alone || !fits {
+            return false;
+        }
+        let mut out = std::mem::take(&mut self.sender.ready);
+        let mut index = None;
+        while self.streams.get(&id).is_some_and(|stream| !stream.sending.announced) {
+            let Some((opening, open)) = self.sender.opening.pop_front() else { break };
+            if opening == id {
+                index = self.write_opening(id, open, &mut out);
+            } else {
+                self.write_opening_and_data(now, opening, open, &mut out);
+            }
+        }
+        let mut left = bytes;
+        while !left.is_empty() || index.is_some() {
+            let (part, rest) = left.split_at(left.len().min(room_in_record(&out, index)));
+            self.sender.last = Some((id, out.len()));
+            write_header(id, index.take(), part.len(), false, &mut out);
+            out.extend_from_slice(part);
+            left = rest;
+        }
+        self.sender.link_window -= bytes.len() as i64;
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.sending.count(now, bytes.len());
+            self.sender.wake(id, &mut stream.sending);
+        }
+        self.sender.ready = out;
+        true
+    }
+
+    fn wait(&mut self, now: Duration, id: StreamId, bytes: &[u8]) {
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.sending.waiting.extend(bytes);
+            self.sender.waiting += bytes.len();
+            self.sender.enqueue(now, id, &mut stream.sending);
+        }
+    }
+
     /// Ends our direction of the stream after what was taken before.
     pub fn finish(&mut self, now: Duration, id: StreamId) {
-        if let Some(stream) = self.streams.get_mut(&id) {
-            stream.sending.fin = true;
-            self.sender.enqueue(now, id, &mut stream.sending);
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        stream.sending.fin = true;
+        match self.sender.last {
+            // Its last bytes have not left yet: they carry the end.
+            Some((last, at)) if last == id && stream.sending.waiting.is_empty() && !stream.sending.fin_sent => {
+                self.sender.ready[at + 1] |= FIN;
+                stream.sending.fin_sent = true;
+                if stream.fin_received {
+                    self.forget(id);
+                }
+            }
+            _ => self.sender.enqueue(now, id, &mut stream.sending),
         }
     }
 
@@ -86,7 +140,7 @@ impl Session {
     pub fn wants_transmit(&self) -> bool {
         let sender = &self.sender;
         let ready = !sender.small.is_empty() || !sender.bulk.is_empty();
-        !sender.control.is_empty()
+        !sender.ready.is_empty()
             || !sender.grants.is_empty()
             || !sender.opening.is_empty()
             || (ready && sender.link_window > 0)
@@ -115,11 +169,15 @@ impl Session {
     /// `out` is what goes into one write: frames are cut so that they end where its TLS records do.
     pub fn transmit(&mut self, now: Duration, out: &mut Vec<u8>, budget: usize) {
         let start = out.len();
-        out.append(&mut self.sender.control);
+        self.sender.last = None;
+        match out.is_empty() {
+            true => std::mem::swap(out, &mut self.sender.ready),
+            false => out.append(&mut self.sender.ready),
+        }
         self.write_grants(now, out);
         while out.len() - start < budget {
             if let Some((id, open)) = self.sender.opening.pop_front() {
-                self.write_opening(now, id, open, out);
+                self.write_opening_and_data(now, id, open, out);
                 continue;
             }
             if self.sender.link_window <= 0 {
@@ -130,28 +188,31 @@ impl Session {
         }
     }
 
-    fn write_opening(&mut self, now: Duration, id: StreamId, open: Open, out: &mut Vec<u8>) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
-        stream.sending.announced = true;
-        match self.sender.table.get(&open) {
-            Some(index) => {
-                let index = *index;
-                self.write_data(now, id, Some(index), out);
-            }
-            None => {
-                let at = out.len();
-                let next = self.sender.table.len();
-                let flags = if next < MAX_TABLE { REMEMBER } else { 0 };
-                Header { kind: Type::Open, flags, length: 0, id }.write(out);
-                open.write(out);
-                let length = (out.len() - at - HEADER) as u16;
-                out[at + 2..at + 4].copy_from_slice(&length.to_be_bytes());
-                if next < MAX_TABLE {
-                    self.sender.table.insert(open, next as u16);
-                }
-                // Data given before the announcement is in a queue already, and follows.
-            }
+    /// Announces a stream; its first data, if it has some, travels with it or follows from a queue.
+    fn write_opening_and_data(&mut self, now: Duration, id: StreamId, open: Open, out: &mut Vec<u8>) {
+        if let Some(index) = self.write_opening(id, open, out) {
+            self.write_data(now, id, Some(index), out);
         }
+    }
+
+    /// Writes an OPEN, or says which entry of the table the stream's first DATA frame is to name.
+    fn write_opening(&mut self, id: StreamId, open: Open, out: &mut Vec<u8>) -> Option<u16> {
+        let stream = self.streams.get_mut(&id)?;
+        stream.sending.announced = true;
+        if let Some(index) = self.sender.table.get(&open) {
+            return Some(*index);
+        }
+        let at = out.len();
+        let next = self.sender.table.len();
+        let flags = if next < MAX_TABLE { REMEMBER } else { 0 };
+        Header { kind: Type::Open, flags, length: 0, id }.write(out);
+        open.write(out);
+        let length = (out.len() - at - HEADER) as u16;
+        out[at + 2..at + 4].copy_from_slice(&length.to_be_bytes());
+        if next < MAX_TABLE {
+            self.sender.table.insert(open, next as u16);
+        }
+        None
     }
 
     /// Writes one frame of the stream's bytes and queues the stream again if more is left.
@@ -159,22 +220,13 @@ impl Session {
         let Some(stream) = self.streams.get_mut(&id) else { return };
         let sending = &mut stream.sending;
         sending.queued = false;
-        // A frame ends where a TLS record does, unless the rest of the record is too short to be worth it.
-        let record_left = RECORD - out.len() % RECORD;
-        let overhead = HEADER + if index.is_some() { 2 } else { 0 };
-        let room = if record_left < 512 { RECORD } else { record_left } - overhead;
         let windows = sending.window.min(self.sender.link_window).max(0) as usize;
-        let n = sending.waiting.len().min(room).min(windows);
+        let n = sending.waiting.len().min(room_in_record(out, index)).min(windows);
         let fin = sending.fin && n == sending.waiting.len() && !sending.fin_sent;
         if n == 0 && !fin && index.is_none() {
             return; // the window that it waits for brings it back
         }
-        let (mut flags, mut length) = (if fin { FIN } else { 0 }, n);
-        if index.is_some() {
-            (flags, length) = (flags | OPENS, length + 2);
-        }
-        Header { kind: Type::Data, flags, length: length as u16, id }.write(out);
-        out.extend(index.iter().flat_map(|i| i.to_be_bytes()));
+        write_header(id, index, n, fin, out);
         let (front, back) = sending.waiting.as_slices();
         let from_front = n.min(front.len());
         out.extend_from_slice(&front[..from_front]);
@@ -183,7 +235,6 @@ impl Session {
         if sending.waiting.is_empty() {
             sending.waiting = VecDeque::new(); // an idle stream owns no buffer
         }
-        sending.window -= n as i64;
         sending.fin_sent |= fin;
         sending.count(now, n);
         self.sender.link_window -= n as i64;
@@ -232,10 +283,11 @@ impl Session {
 impl Sender {
     /// SETTINGS are the first thing that leaves.
     pub(super) fn new(limits: &Limits) -> Self {
-        let mut control = Vec::new();
-        Settings::write(limits, &mut control);
+        let mut ready = Vec::new();
+        Settings::write(limits, &mut ready);
         Self {
-            control,
+            ready,
+            last: None,
             grants: Vec::new(),
             link_window: 0,
             opening: VecDeque::new(),
@@ -315,12 +367,27 @@ impl Sending {
     }
 
     fn count(&mut self, now: Duration, n: usize) {
+        self.window -= n as i64;
         if now.saturating_sub(self.sent_at) >= REST {
             self.burst = 0;
         }
         self.burst = self.burst.saturating_add(n);
         self.sent_at = now;
     }
+}
+
+/// How many bytes the next DATA frame may carry: it ends where a TLS record does, unless that is not worth it.
+fn room_in_record(out: &[u8], index: Option<u16>) -> usize {
+    let left = RECORD - out.len() % RECORD;
+    let overhead = HEADER + if index.is_some() { 2 } else { 0 };
+    if left < 512 { RECORD } else { left }.saturating_sub(overhead)
+}
+
+fn write_header(id: StreamId, index: Option<u16>, n: usize, fin: bool, out: &mut Vec<u8>) {
+    let fin = if fin { FIN } else { 0 };
+    let (flags, length) = if index.is_some() { (fin | OPENS, n + 2) } else { (fin, n) };
+    Header { kind: Type::Data, flags, length: length as u16, id }.write(out);
+    out.extend(index.iter().flat_map(|i| i.to_be_bytes()));
 }
 
 fn write_window(id: StreamId, credit: u32, out: &mut Vec<u8>) {
@@ -336,6 +403,8 @@ fn write_window(id: StreamId, credit: u32, out: &mut Vec<u8>) {
 const RECORD: usize = 16 << 10;
 const STREAM_BUFFER: usize = 64 << 10;
 const LINK_BUFFER: usize = 192 << 10;
+/// Bytes that become frames before they are asked for.
+const FLUSH: usize = 64 << 10;
 /// A stream that sent this much without a rest goes behind the small ones.
 const BULK: usize = 64 << 10;
 const REST: Duration = Duration::from_millis(10);

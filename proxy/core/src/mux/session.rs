@@ -174,7 +174,7 @@ impl Session {
     pub fn reset(&mut self, id: StreamId, reason: StreamReset) {
         if self.forget(id) {
             let header = Header { kind: Type::Rst, flags: 0, length: reset_number(reason), id };
-            header.write(&mut self.sender.control);
+            header.write(&mut self.sender.ready);
         }
     }
 
@@ -185,14 +185,14 @@ impl Session {
         if !self.left {
             self.left = true;
             let id = if self.role == Role::Acceptor { LAST_ID } else { 0 };
-            Header { kind: Type::GoAway, flags: 0, length: 0, id }.write(&mut self.sender.control);
+            Header { kind: Type::GoAway, flags: 0, length: 0, id }.write(&mut self.sender.ready);
         }
     }
 
     /// Asks the peer for a `Pong` with the same number.
     pub fn ping(&mut self, number: u64) {
-        Header { kind: Type::Ping, flags: 0, length: 8, id: 0 }.write(&mut self.sender.control);
-        self.sender.control.extend_from_slice(&number.to_be_bytes());
+        Header { kind: Type::Ping, flags: 0, length: 8, id: 0 }.write(&mut self.sender.ready);
+        self.sender.ready.extend_from_slice(&number.to_be_bytes());
     }
 
     /// True if `open` may succeed on this link for a while: not full, not leaving, not choked by its own streams.
@@ -387,14 +387,14 @@ impl Session {
         if header.id != 0 {
             return Err(LinkClosed::BadFrame);
         }
-        if !self.controls.allow(now) || self.sender.control.len() > MAX_CONTROL_WAITING {
+        if !self.controls.allow(now) || self.sender.ready.len() > MAX_CONTROL_WAITING {
             return Err(LinkClosed::ControlRate);
         }
         if header.flags & ACK != 0 {
             return Ok(Some(Event::Pong(u64::from_be_bytes(number))));
         }
-        Header { flags: ACK, ..header }.write(&mut self.sender.control);
-        self.sender.control.extend_from_slice(&number);
+        Header { flags: ACK, ..header }.write(&mut self.sender.ready);
+        self.sender.ready.extend_from_slice(&number);
         Ok(None)
     }
 

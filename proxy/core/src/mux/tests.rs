@@ -109,11 +109,12 @@ fn opening_the_same_again_costs_two_bytes() {
     pair.forth();
     let id = pair.open(80);
     pair.dialler.send(MS, id, b"x");
+    pair.dialler.finish(MS, id);
     let mut wire = Vec::new();
     pair.dialler.transmit(MS, &mut wire, 16 << 10);
-    assert_eq!(wire, [2, 2, 0, 3, 0, 0, 0, 2, 0, 0, b'x']);
+    assert_eq!(wire, [2, 3, 0, 3, 0, 0, 0, 2, 0, 0, b'x'], "a whole request in one frame");
     let heard = feed(&mut pair.acceptor, MS, &wire, true).unwrap();
-    assert_eq!(heard, [Heard::Open(2, 80, Hinted::Http1), Heard::Data(2, b"x".into())]);
+    assert_eq!(heard, [Heard::Open(2, 80, Hinted::Http1), Heard::Data(2, b"x".into()), Heard::Fin(2)]);
 }
 
 #[test]
@@ -260,7 +261,6 @@ fn a_reset_ends_one_stream_and_what_crosses_it_is_ignored() {
     assert_eq!(pair.acceptor.link_owed, 1 + 8 + 5, "nothing of the link's window leaks");
     // Never announced: the peer hears nothing of it.
     let c = pair.open(81);
-    pair.dialler.send(MS, c, b"c");
     pair.dialler.reset(c, StreamReset::Cancelled);
     assert_eq!(pair.forth(), []);
     assert_eq!(pair.dialler.waiting(), 0);
