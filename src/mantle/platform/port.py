@@ -39,8 +39,7 @@ class Platform(Protocol):
     """The world as the mesh sees it."""
 
     def watch(self) -> AsyncIterator[Snapshot]:
-        """Yields the newest snapshot, then each newer one; never ends by itself, reconnects by itself, never a backlog.
-        """
+        """Yields the newest snapshot, then each newer one: no backlog, no end, connects again by itself."""
         ...
 
     async def review_token(self, token: bytes, audiences: Sequence[str]) -> TokenClaims | TokenRejected:
