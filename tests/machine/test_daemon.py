@@ -42,8 +42,9 @@ spec:
         - name: web
           image: acme/web
           ports: [{name: http, containerPort: 8080}]
-          volumeMounts: [{name: all, mountPath: /all}]
+          volumeMounts: [{name: all, mountPath: /all}, {name: scratch, mountPath: /scratch}]
       volumes:
+        - {name: scratch, emptyDir: {}}
         - name: all
           projected:
             sources:
@@ -234,10 +235,14 @@ def test_a_changed_deployment_is_stopped_then_started_and_a_changed_configmap_is
         await made.apply(up(DEPLOYMENT))
         await ready(made)
         first = set(made.pods)
-        await made.apply(up(DEPLOYMENT.replace("colour: red", "colour: blue")))
+        for uid in first:
+            (tmp_path / "pods" / uid / "volumes/scratch/work").write_text("mine")
+        await made.apply(up(DEPLOYMENT.replace("colour: red", "shade: blue")))
         await ready(made)
         assert set(made.pods) == first
-        assert all((tmp_path / "pods" / uid / "volumes/all/colour").read_text() == "blue" for uid in first)
+        assert all((tmp_path / "pods" / uid / "volumes/scratch/work").read_text() == "mine" for uid in first)
+        assert not any((tmp_path / "pods" / uid / "volumes/all/colour").exists() for uid in first)
+        assert all((tmp_path / "pods" / uid / "volumes/all/shade").read_text() == "blue" for uid in first)
         assert all((tmp_path / "pods" / uid / "volumes/all/token").exists() for uid in first)
         await made.apply(
             up(DEPLOYMENT.replace("replicas: 2", "replicas: 1").replace("name: http, ", "name: http, protocol: TCP, "))

@@ -233,3 +233,18 @@ def test_resolution_of_tags(image: str, found: str | None) -> None:
     maps = [{"a/b:1": images.Image(("exact",)), "a/b": images.Image(("any",)), "r:5000/b": images.Image(("port",))}]
     got = images.resolve(image, maps)
     assert (got.command[0] if got else None) == found
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/nowhere/at/all", "does not exist"),
+        ("/", "a mesh's own state"),
+        ("/run/mantle/m/issuer", "a mesh's own state"),
+        ("/tmp", ""),
+    ],
+)
+def test_host_paths(path: str, words: str) -> None:
+    item, _ = pod(BOX + f"  volumes: [{{name: v, hostPath: {{path: {path}}}}}]\n")
+    found = plan.wanted(item, None, machine(state_dir="/run/mantle/m"))
+    assert (words in str(found[0])) if isinstance(found, list) else not words

@@ -30,7 +30,7 @@ from mantle.platform.machine.spec import Phase, PodStatus
 from mantle.platform.machine.state import Applied, MeshConfig, StateDir
 from mantle.platform.machine.tokenfiles import TokenFiles
 from mantle.platform.machine.world import ServiceAddresses, World
-from mantle.platform.machine.yamlpos import Mistakes
+from mantle.platform.machine.yamlpos import Mistake, Mistakes
 
 log = logging.getLogger("mantle.controller")
 RESERVED = frozenset({"mantle"})
@@ -111,6 +111,8 @@ class Controller:
         async with self._lock:
             present = dict(self.files)
             loop = asyncio.get_running_loop()
+            if self.closing:
+                raise Mistakes([Mistake("", 0, "the mesh is going down", "wait until `mantle down` has ended")])
             result = await loop.run_in_executor(None, prepare, request, present, self._machine, RESERVED)
             if isinstance(result, list):
                 raise Mistakes(result)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mantle.core import inject
@@ -135,6 +136,7 @@ def wanted(item: Object, namespace: Object | None, machine: Machine) -> Wanted |
     if meshed:
         found += _proxy_ports(item, pod, final["spec"])
     found += _users(item, pod, machine)
+    found += _host_paths(item, pod, machine)
     if found:
         return found
     digest = hashlib.sha256(json.dumps([final, used, machine.default_user.uid], sort_keys=True).encode()).hexdigest()
@@ -182,6 +184,22 @@ def _users(item: Object, pod: Any, machine: Machine) -> Iterable[Mistake]:
                 (*path, "securityContext"),
                 "runAsNonRoot is set, but the container would run as root",
                 "set runAsUser to a number above 0",
+            )
+
+
+def _host_paths(item: Object, pod: Any, machine: Machine) -> Iterable[Mistake]:
+    """A hostPath must be there, and never shows what pods are kept from."""
+    for index, volume in enumerate(pod.spec.get("volumes") or []):
+        if "hostPath" not in volume:
+            continue
+        where = (*pod.path, "spec", "volumes", index, "hostPath")
+        path = Path(volume["hostPath"]["path"]).resolve()
+        hidden = Path(machine.state_dir).parent
+        if path == hidden or hidden in path.parents or path in hidden.parents:
+            yield item.wrong(where, f"{path} would show a mesh's own state to the pod", "name a directory beside it")
+        elif not path.exists() and not (volume["hostPath"].get("type") or "").endswith("OrCreate"):
+            yield item.wrong(
+                where, f"{path} does not exist on this machine", "create it, or write type: DirectoryOrCreate"
             )
 
 

@@ -34,7 +34,9 @@ def write_volumes(
             continue
         directory = root / volume.name
         directory.mkdir(parents=True, exist_ok=True)
-        write_files(directory, volume.files, owners.get(volume.name, ()), volume.secret, chown)
+        if not volume.writable:  # what lies in an emptyDir is the application's
+            tokens = {directory / token.path for token in volume.tokens}
+            write_files(directory, volume.files, owners.get(volume.name, ()), volume.secret, chown, tokens)
         directory.chmod(0o777 if volume.writable else 0o755)
     for name, sub in sub_paths:
         volume = made[name]
@@ -52,9 +54,11 @@ def _host_path(volume: Volume) -> None:
         path.touch()
 
 
-def write_files(directory: Path, files: Iterable[File], owners: Owners, secret: bool, chown: bool) -> None:
-    """The volume's files, and nothing that it no longer has (tokens stay: they are written by `write_token`)."""
-    wanted: set[Path] = set()
+def write_files(
+    directory: Path, files: Iterable[File], owners: Owners, secret: bool, chown: bool, keep: Iterable[Path]
+) -> None:
+    """The volume's files, and nothing that it no longer has. `keep`: its tokens, which `write_token` writes."""
+    wanted: set[Path] = set(keep)
     for file in files:
         path = directory / file.path
         wanted.add(path)
@@ -62,7 +66,7 @@ def write_files(directory: Path, files: Iterable[File], owners: Owners, secret: 
         if not (path.is_file() and path.read_bytes() == file.data):
             _put(path, file.data, file.mode, owners, secret, chown)
     for path in sorted(directory.rglob("*"), reverse=True):
-        if path.is_file() and path not in wanted and not path.name.startswith(".") and not _is_token(path):
+        if path.is_file() and path not in wanted and not path.name.startswith("."):
             path.unlink()
 
 
@@ -70,11 +74,6 @@ def write_token(path: Path, token: str, owners: Owners, chown: bool) -> None:
     """A token in place of the one before, readable by its user only. A reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _put(path, token.encode(), 0o400, owners, True, chown)
-
-
-def _is_token(path: Path) -> bool:
-    with path.open("rb") as opened:
-        return opened.read(3) == b"eyJ"
 
 
 def _put(path: Path, data: bytes, mode: int, owners: Owners, secret: bool, chown: bool) -> None:
