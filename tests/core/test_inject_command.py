@@ -78,6 +78,21 @@ def test_only_the_annotation_changes_whatever_the_style(before: str, after: str)
     assert result.stdout == f"{after}kind: Pod\n{odd}"
 
 
+def test_line_ends_stay_what_they_are(tmp_path: Path):
+    file = tmp_path / "dos.yml"
+    file.write_bytes(WEB.replace("\n", "\r\n").encode())
+    said = inject("", str(file)).stdout_bytes
+    assert said.count(b"\r\n") == said.count(b"\n") == WEB.count("\n") + 2
+
+
+def test_what_is_no_file_says_what_to_do(tmp_path: Path):
+    binary = tmp_path / "binary.yml"
+    binary.write_bytes(b"\xff\xfe")
+    assert str(inject("", str(binary)).exception) == f"cannot read {binary}: it is not UTF-8 text"
+    away = inject("", "https://example.com/app.yml").exception
+    assert str(away) == "https://example.com/app.yml is not a file"
+
+
 def test_styles_that_only_a_writer_can_change_are_still_injected():
     for text in (
         "kind: Pod\nmetadata:\n  annotations:\nspec: {containers: []}\n",

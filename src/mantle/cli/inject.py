@@ -128,19 +128,28 @@ class Document:
 def read(name: str) -> Iterator[Document]:
     """The documents of a file, of all YAML and JSON files of a directory, or of standard input (`-`)."""
     if name == "-":
-        yield from split("stdin", sys.stdin.read())
+        yield from split("stdin", _text("standard input", sys.stdin.buffer.read()))
         return
+    if "://" in name:
+        raise Failure(f"{name} is not a file", f"let another program fetch it: curl -sL {name} | mantle inject -")
     path = Path(name)
     paths = sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml", ".json")) if path.is_dir() else [path]
     for each in paths:
         try:
-            text = each.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise Failure(
-                f"cannot read {each}: {reason}", "name a YAML file, a directory, or - for standard input"
-            ) from error
-        yield from split(str(each), text)
+            data = each.read_bytes()
+        except OSError as error:
+            raise Failure(f"cannot read {each}: {error.strerror}", _WHAT_TO_NAME) from error
+        yield from split(str(each), _text(str(each), data))
+
+
+_WHAT_TO_NAME = "name a YAML file, a directory, or - for standard input"
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Failure(f"cannot read {name}: it is not UTF-8 text", _WHAT_TO_NAME) from error
 
 
 def split(file: str, text: str) -> Iterator[Document]:
@@ -182,14 +191,17 @@ def _edited(document: Document, reports: Sequence[Report]) -> str | None:
 
     from mantle.core.yaml_edit import annotate_text
 
-    head, _, body = document.text.partition("\n") if document.text.startswith("---\n") else ("", "", document.text)
+    dos = "\r\n" in document.text  # line ends stay what they are, too
+    text = document.text.replace("\r\n", "\n")
+    head, _, body = text.partition("\n") if text.startswith("---\n") else ("", "", text)
     try:
         for report in reports:
             body = annotate_text(body, report.path, report.annotations) if report.annotations else body
         same = _yaml(body).load(body) == document.value
     except (KeyError, MarkedYAMLError):
         return None
-    return (head + "\n" if head else "") + body if same else None
+    text = (head + "\n" if head else "") + body
+    return (text.replace("\n", "\r\n") if dos else text) if same else None
 
 
 def _yaml(text: str) -> Any:
