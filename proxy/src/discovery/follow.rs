@@ -341,7 +341,10 @@ async fn follow<T>(
                 backoff::wait(failures)
             }
             Err(status) => {
-                service.failed(&status);
+                // "Not found" is no silence: a port's policy may be asked for before the control plane knows the pod.
+                if status.code() != Code::NotFound {
+                    service.failed(&status);
+                }
                 failures += 1;
                 backoff::wait(failures)
             }

@@ -115,9 +115,7 @@ fn request<'a>(
     }
 }
 
-fn no_headers() -> impl Fn(&mut dyn FnMut(&str, &[u8])) {
-    |_| {}
-}
+fn no_headers(_visit: &mut dyn FnMut(&str, &[u8])) {}
 
 const OK: Outcome = Outcome { status: 200, grpc: None, failed: false };
 
@@ -141,7 +139,7 @@ async fn an_observer_sees_a_request_from_its_head_to_its_end() {
     assert!(stage.taps.open(&request(Direction::Outbound, &tls, &labels, "/other")).is_none());
 
     let mut stream = stage.taps.open(&request(Direction::Outbound, &tls, &labels, "/api/list")).expect("matches");
-    stream.response(200, &no_headers(), Duration::from_micros(1500));
+    stream.response(200, &no_headers, Duration::from_micros(1500));
     stream.end(Outcome { grpc: Some(5), ..OK }, 321, Duration::from_millis(2), Duration::from_micros(500));
 
     let (event, http) = next(&mut events).await;
