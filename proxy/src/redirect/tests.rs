@@ -13,20 +13,26 @@ fn rules(line: &str) -> Rules {
     }
 }
 
-/// Runs `play` on a thread in a new, empty network namespace, which ends with the thread.
+/// Runs `play` on a thread in a new, empty network namespace, which ends with the thread. Only root can make one: others
+/// are told that the play was left out, which in CI is a failure.
 fn in_namespace(play: impl FnOnce() + Send + 'static) {
-    let played = std::thread::spawn(move || {
-        unshare_net();
-        play();
+    let played = std::thread::spawn(move || match unshare_net() {
+        Ok(()) => play(),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && std::env::var_os("CI").is_none() => {
+            eprintln!("left out: it makes a network namespace, which needs root");
+        }
+        Err(error) => panic!("making a network namespace: {error}"),
     });
     played.join().expect("the play ends well");
 }
 
 #[allow(unsafe_code, reason = "std has no unshare; the call has no memory effects")]
-fn unshare_net() {
+fn unshare_net() -> io::Result<()> {
     // SAFETY: unshare(CLONE_NEWNET) takes no pointers and changes only the calling thread.
-    let done = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-    assert_eq!(done, 0, "these tests make network namespaces and need root: {}", io::Error::last_os_error());
+    match unsafe { libc::unshare(libc::CLONE_NEWNET) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn differences(rules: &Rules) -> Vec<String> {
