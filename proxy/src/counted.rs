@@ -10,6 +10,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::record::Conn;
+use crate::socket::Abort;
 
 pub(crate) struct Counted<Io> {
     io: Io,
@@ -25,6 +26,12 @@ impl<Io> Counted<Io> {
 
     pub(crate) fn get(&self) -> &Io {
         &self.io
+    }
+}
+
+impl<Io: Abort> Abort for Counted<Io> {
+    fn abort(&self) {
+        self.io.abort();
     }
 }
 

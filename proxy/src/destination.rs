@@ -85,6 +85,11 @@ impl Destination {
         if let Some(node) = self.refresh()?.pick(self.now(), &mut random) {
             return Ok(node);
         }
+        // Boxed: rare, and large enough to weigh on every connection's task.
+        Box::pin(self.wait(random)).await
+    }
+
+    async fn wait(&self, mut random: impl FnMut() -> u64) -> Result<Rc<Node>, Unroutable> {
         let mut target = self.live.borrow().target.clone();
         let known = async {
             loop {

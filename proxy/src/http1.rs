@@ -19,11 +19,12 @@ use tokio::time::Instant;
 use crate::drain::Drain;
 use crate::record;
 use crate::relay::{Ahead, read_more, relay};
+use crate::socket::Abort;
 use exchange::{Exchange, Failed, Finished, Moved, Terms};
 
 /// Where requests go: the one thing in which inbound and outbound differ.
 pub(crate) trait Service {
-    type Io: AsyncRead + AsyncWrite + Unpin;
+    type Io: AsyncRead + AsyncWrite + Abort + Unpin;
     /// What the service wants back when the exchange has ended; dropped, it says that nothing can be reused.
     type Ticket;
 
@@ -35,6 +36,9 @@ pub(crate) trait Service {
 
     /// The response begins, so long after the request was sent.
     fn responded(&self, ticket: &mut Self::Ticket, after: Duration);
+
+    /// Resolves when a request that has become a tunnel may go on no longer.
+    async fn revoked(&self, request: &Request<'_>);
 
     /// The exchange has ended and `io` can carry another one.
     fn reuse(&self, ticket: Self::Ticket, io: Self::Io);
@@ -80,7 +84,20 @@ pub(crate) enum End {
 /// Serves one client connection until it ends. `seen` is what was read of it already.
 pub(crate) async fn serve<C, S>(client: &mut C, seen: BytesMut, service: &S, drain: &mut Drain) -> End
 where
-    C: AsyncRead + AsyncWrite + Unpin,
+    C: AsyncRead + AsyncWrite + Abort + Unpin,
+    S: Service,
+{
+    let end = requests(client, seen, service, drain).await;
+    if end == End::Broken {
+        client.abort();
+    }
+    end
+}
+
+/// Serves request after request.
+async fn requests<C, S>(client: &mut C, seen: BytesMut, service: &S, drain: &mut Drain) -> End
+where
+    C: AsyncRead + AsyncWrite + Abort + Unpin,
     S: Service,
 {
     let mut head = seen;
@@ -128,7 +145,7 @@ enum Next {
 /// One request and its response; sent to a second server if the first had closed its connection before it began.
 async fn exchange<C, S>(client: &mut C, rest: &mut BytesMut, request: &Request<'_>, service: &S, drain: &Drain) -> Next
 where
-    C: AsyncRead + AsyncWrite + Unpin,
+    C: AsyncRead + AsyncWrite + Abort + Unpin,
     S: Service,
 {
     let mut again = false;
@@ -156,7 +173,7 @@ where
             }
         };
         let finished = Exchange::new(terms, head).run(client, rest, &mut io, moved).await;
-        record.end(!matches!(finished, Ok(_)));
+        record.end(finished.is_err());
         match finished {
             Ok(Finished::Complete { client_goes_on, server_goes_on }) => {
                 if server_goes_on {
@@ -166,8 +183,11 @@ where
             }
             Ok(Finished::Tunnel { from_server }) => {
                 let ahead = Ahead { from_client: rest.split().freeze(), from_server };
-                let end = relay(client, &mut io, ahead).await;
-                return Next::End(if end.is_ok() { End::Closed } else { End::Broken });
+                let end = tokio::select! {
+                    end = relay(client, &mut io, ahead) => end.map_or(End::Broken, |()| End::Closed),
+                    () = service.revoked(request) => End::Broken,
+                };
+                return Next::End(end);
             }
             Err(Failed::ServerSilent { replayable }) if stale && replayable && !again => again = true,
             Err(Failed::ServerSilent { .. }) => return Next::Refuse(SILENT, End::Closed),
@@ -233,7 +253,7 @@ fn has_end(bytes: &[u8]) -> bool {
 /// Answers in the server's place and closes.
 async fn refuse<C, S>(client: &mut C, service: &S, refusal: Refusal, end: End) -> End
 where
-    C: AsyncRead + AsyncWrite + Unpin,
+    C: AsyncRead + AsyncWrite + Abort + Unpin,
     S: Service,
 {
     let Refusal { status, reason } = refusal;

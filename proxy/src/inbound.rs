@@ -3,6 +3,8 @@
 //! accept → original destination → first bytes (mesh TLS, foreign TLS, plaintext) → peer identity → `Permit` → the
 //! application → relay, HTTP/1 or HTTP/2 → one record. Only the pod's own address is dialled, never one from the wire,
 //! and never without a `Permit`, which is asked for again when the policy changes.
+//!
+//! Stages are boxed once per connection, so that an idle one holds only the stage that it is in.
 
 mod calls;
 mod requests;
@@ -38,7 +40,7 @@ use crate::pool::Pool;
 use crate::record::{self, Conn};
 use crate::relay::{Ahead, read_more, relay};
 use crate::sniff::{Understood, understand};
-use crate::socket::{self, Dial};
+use crate::socket::{self, Abort, Dial};
 use crate::tls::{self, ALPN_MUX};
 use crate::{http1, http2};
 use calls::Calls;
@@ -119,36 +121,37 @@ impl Inbound {
     async fn carry(self: &Rc<Self>, mut io: TcpStream, peer: SocketAddr) -> Result<(), Refused> {
         let original = (self.cx.original_dst)(&io).map_err(|_| Denied::Loop)?;
         if original.port() == self.cx.config.inbound_listen.port() {
-            return self.mesh_only(io, peer, original.ip()).await;
+            return Box::pin(self.mesh_only(io, peer, original.ip())).await;
         }
         let port = self.port(original)?;
         let policy = port.policy.clone().known().await?;
         let client = |tls| Rc::new(Client::new(peer, tls, None));
         if policy.protocol == Protocol::Opaque {
             let client = client(TlsLabel::None(NoTls::PortSkipped));
-            return self.tcp(&mut io, &client, &port, BytesMut::new(), Understood::known(Detected::Opaque)).await;
+            let known = Understood::known(Detected::Opaque);
+            return Box::pin(self.tcp(&mut io, &client, &port, BytesMut::new(), known)).await;
         }
         let stranger = client(TlsLabel::None(NoTls::NotProvidedByRemote));
         let mut seen = BytesMut::new();
         let understood = self.understand(&mut io, &mut seen, &stranger, &port, &policy, HEAD_START).await?;
         if understood.detected != Detected::Tls {
-            return self.understood(&mut io, &stranger, &port, &policy, seen, understood).await;
+            return Box::pin(self.understood(&mut io, &stranger, &port, &policy, seen, understood)).await;
         }
         match self.client_hello(&mut io, &mut seen).await {
             ClientHello::Hello { sni } if sni.as_deref() == Some(&*self.cx.config.identity.local_name) => {
                 let credentials = self.cx.credentials().map_err(|_| Denied::IdentityRequired)?;
-                let mut tls = self.terminate(io, &seen, credentials.server_plain.clone()).await?;
+                let mut tls = Box::pin(self.terminate(io, &seen, credentials.server_plain.clone())).await?;
                 let client = Rc::new(Client::proved_by(peer, &tls));
                 let mut seen = BytesMut::new();
                 let understood = self.understand(&mut tls, &mut seen, &client, &port, &policy, HEAD_START).await?;
-                self.understood(&mut tls, &client, &port, &policy, seen, understood).await
+                Box::pin(self.understood(&mut tls, &client, &port, &policy, seen, understood)).await
             }
             hello => {
                 let client = match hello {
                     ClientHello::Hello { sni: Some(sni) } => client(TlsLabel::Passthru(sni.into())),
                     ClientHello::Hello { sni: None } | ClientHello::NeedMore | ClientHello::NotTls => stranger,
                 };
-                self.tcp(&mut io, &client, &port, seen, Understood::known(Detected::Opaque)).await
+                Box::pin(self.tcp(&mut io, &client, &port, seen, Understood::known(Detected::Opaque))).await
             }
         }
     }
@@ -158,7 +161,7 @@ impl Inbound {
         let mut renewed = self.cx.control.credentials.clone();
         let credentials = self.cx.credentials().map_err(|_| Denied::IdentityRequired)?;
         renewed.mark_unchanged();
-        let tls = self.terminate(io, &[], credentials.server_link.clone()).await?;
+        let tls = Box::pin(self.terminate(io, &[], credentials.server_link.clone())).await?;
         let client = Rc::new(Client::proved_by(peer, &tls));
         if client.id.is_none() || tls.get_ref().1.alpn_protocol() != Some(ALPN_MUX) {
             return Err(Denied::IdentityRequired.into());
@@ -252,7 +255,7 @@ impl Inbound {
                 Err(_) => std::future::pending().await,
             }
         };
-        understand(io, seen, head_start, limit, early).await
+        Box::pin(understand(io, seen, head_start, limit, early)).await
     }
 
     /// Carries a connection whose protocol is known.
@@ -266,7 +269,7 @@ impl Inbound {
         understood: Understood<Server>,
     ) -> Result<(), Refused>
     where
-        C: AsyncRead + AsyncWrite + Unpin,
+        C: AsyncRead + AsyncWrite + Abort + Unpin,
     {
         let mut drain = self.cx.drain.clone();
         match understood.detected {
@@ -280,11 +283,13 @@ impl Inbound {
             Detected::Http2 => {
                 let calls = Calls::new(self, client, port, policy);
                 let io = Counted::new(io, calls.src(), seen.len());
-                let end = http2::serve(io, seen, Rc::new(calls), &mut drain).await;
+                let end = Box::pin(http2::serve(io, seen, Rc::new(calls), &mut drain)).await;
                 debug!(client = %client.addr, port = port.addr.port(), ?end, "inbound HTTP/2 connection closed");
                 Ok(())
             }
-            Detected::Opaque | Detected::Tls | Detected::NeedMore => self.tcp(io, client, port, seen, understood).await,
+            Detected::Opaque | Detected::Tls | Detected::NeedMore => {
+                Box::pin(self.tcp(io, client, port, seen, understood)).await
+            }
         }
     }
 
@@ -298,7 +303,7 @@ impl Inbound {
         understood: Understood<Server>,
     ) -> Result<(), Refused>
     where
-        C: AsyncRead + AsyncWrite + Unpin,
+        C: AsyncRead + AsyncWrite + Abort + Unpin,
     {
         let metrics = &self.cx.control.metrics;
         let verdict = |verdict| {

@@ -1,7 +1,8 @@
 //! Outbound: what the application dials, from accept to the last byte.
 //!
 //! accept → original destination → its meaning → first bytes (while the server side is prepared) → endpoint → stream →
-//! relay, HTTP/1 or HTTP/2 → one record. Each arm ends with a typed reason.
+//! relay, HTTP/1 or HTTP/2 → one record. Each arm ends with a typed reason. Stages are boxed once per connection, so that
+//! an idle one holds only the stage that it is in.
 
 mod calls;
 mod requests;
@@ -84,7 +85,7 @@ impl Outbound {
         let limit = self.cx.config.outbound_detect_timeout;
         let early = self.connect(&dst, LinkHint::Opaque);
         let understood = match dst.outbound()?.protocol {
-            Protocol::Detect => understand(&mut io, &mut seen, head_start, limit, early).await?,
+            Protocol::Detect => Box::pin(understand(&mut io, &mut seen, head_start, limit, early)).await?,
             Protocol::Http1 => Understood::known(Detected::Http1),
             Protocol::Http2 => Understood::known(Detected::Http2),
             Protocol::Opaque | Protocol::Tls => Understood::known(Detected::Opaque),
@@ -94,18 +95,18 @@ impl Outbound {
         match understood.detected {
             Detected::Http1 => {
                 let requests = Requests { out: self, dst: &dst, client: peer };
-                let end = http1::serve(&mut io, seen, &requests, &mut drain).await;
+                let end = Box::pin(http1::serve(&mut io, seen, &requests, &mut drain)).await;
                 debug!(client = %peer, dst = %dst.original, ?end, "outbound HTTP/1 connection closed");
                 Ok(())
             }
             Detected::Http2 => {
                 let calls = Rc::new(Calls { out: self.clone(), dst: dst.clone(), client: peer });
-                let end = http2::serve(io, seen, calls, &mut drain).await;
+                let end = Box::pin(http2::serve(io, seen, calls, &mut drain)).await;
                 debug!(client = %peer, dst = %dst.original, ?end, "outbound HTTP/2 connection closed");
                 Ok(())
             }
             Detected::Opaque | Detected::Tls | Detected::NeedMore => {
-                self.tcp(&mut io, peer, seen, &dst, understood).await
+                Box::pin(self.tcp(&mut io, peer, seen, &dst, understood)).await
             }
         }
     }

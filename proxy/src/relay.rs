@@ -13,25 +13,32 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::socket::Abort;
+
 /// Relays between `client` and `server` until both directions have ended or one side fails.
 ///
 /// `ahead` are bytes already taken from each side and not yet passed on.
 ///
 /// # Errors
-/// The first read or write error of either side.
+/// The first read or write error of either side; both sides are aborted then.
 pub(crate) async fn relay<C, S>(client: &mut C, server: &mut S, ahead: Ahead) -> io::Result<()>
 where
-    C: AsyncRead + AsyncWrite + Unpin,
-    S: AsyncRead + AsyncWrite + Unpin,
+    C: AsyncRead + AsyncWrite + Abort + Unpin,
+    S: AsyncRead + AsyncWrite + Abort + Unpin,
 {
     let mut up = Half::new(ahead.from_client);
     let mut down = Half::new(ahead.from_server);
-    poll_fn(|cx| {
+    let end = poll_fn(|cx| {
         let sent = up.poll(cx, client, server)?;
         let received = down.poll(cx, server, client)?;
         if sent.is_ready() && received.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
     })
-    .await
+    .await;
+    if end.is_err() {
+        client.abort();
+        server.abort();
+    }
+    end
 }
 
 /// Reads what has arrived onto the end of `buf`, at most `most` bytes at once; 0 means that the other side has ended.
@@ -178,6 +185,10 @@ thread_local! {
 mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    impl Abort for tokio::io::DuplexStream {
+        fn abort(&self) {}
+    }
 
     #[tokio::test]
     async fn each_side_may_end_first_and_the_other_direction_goes_on() {

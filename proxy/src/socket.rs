@@ -53,6 +53,33 @@ pub(crate) async fn connect(addr: SocketAddr, dial: Dial) -> io::Result<TcpStrea
     }
 }
 
+/// Gives a connection up so that its peer sees it broken, not ended: what was sent so far must not pass for the whole.
+pub(crate) trait Abort {
+    /// To be dropped at once after this.
+    fn abort(&self);
+}
+
+impl Abort for TcpStream {
+    /// Closing it will reset it.
+    fn abort(&self) {
+        // A socket that refuses this is gone already.
+        let _ = SockRef::from(self).set_linger(Some(Duration::ZERO));
+    }
+}
+
+impl Abort for tokio_rustls::server::TlsStream<TcpStream> {
+    /// TLS that ends without a `close_notify` is truncated for whoever reads it.
+    fn abort(&self) {
+        self.get_ref().0.abort();
+    }
+}
+
+impl<T: Abort> Abort for &mut T {
+    fn abort(&self) {
+        (**self).abort();
+    }
+}
+
 /// Binds and listens; several threads may share the address (`share`).
 ///
 /// # Errors

@@ -22,7 +22,7 @@ use tokio_rustls::client::TlsStream;
 use crate::app::Thread;
 use crate::link::{LinkHint, MuxStream, handshake_failure};
 use crate::metrics::TlsLabel;
-use crate::socket::{self, Dial};
+use crate::socket::{self, Abort, Dial};
 use crate::tls::Credentials;
 
 pub(crate) enum Upstream {
@@ -67,7 +67,9 @@ pub(crate) async fn open(
         }
         Plan::Mesh { identity, transport: Transport::Direct { addr } } => {
             let tcp = connect(*addr, cx.dial()).await?;
-            handshake(tcp, identity, &*cx.credentials()?).await.map(|tls| Upstream::Tls(Box::new(tls)))
+            // Boxed: rare, and large enough to weigh on every connection's task.
+            let tls = Box::pin(handshake(tcp, identity, &*cx.credentials()?)).await?;
+            Ok(Upstream::Tls(Box::new(tls)))
         }
     }
 }
@@ -92,6 +94,21 @@ async fn handshake(
 }
 
 const HANDSHAKE: Duration = Duration::from_secs(5);
+
+impl Abort for MuxStream {
+    /// Dropping an unfinished stream resets it.
+    fn abort(&self) {}
+}
+
+impl Abort for Upstream {
+    fn abort(&self) {
+        match self {
+            Self::Mux(io) => io.abort(),
+            Self::Tls(io) => io.get_ref().0.abort(),
+            Self::Plain(io) => io.abort(),
+        }
+    }
+}
 
 impl AsyncRead for Upstream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

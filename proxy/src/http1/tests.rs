@@ -21,6 +21,7 @@ struct Servers {
     kept: RefCell<Vec<DuplexStream>>,
     stale: bool,
     refused: Cell<Option<Refusal>>,
+    revoked: tokio::sync::Notify,
 }
 
 impl Servers {
@@ -51,6 +52,10 @@ impl Service for Servers {
     }
 
     fn responded(&self, (): &mut (), _: Duration) {}
+
+    async fn revoked(&self, _: &Request<'_>) {
+        self.revoked.notified().await;
+    }
 
     fn reuse(&self, (): (), io: DuplexStream) {
         self.kept.borrow_mut().push(io);
@@ -216,6 +221,33 @@ async fn an_upgraded_connection_is_a_tunnel_in_both_directions() {
     assert!(got.starts_with("HTTP/1.1 101") && got.ends_with("from the server"), "{got}");
     assert_eq!(end, End::Closed);
     assert!(servers.kept.borrow().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_whose_client_is_no_longer_admitted_is_cut() {
+    let servers = Servers::default();
+    let mut server = servers.add();
+    let (mut app, mut io) = duplex(1024);
+    let (_shutdown, mut drain) = drain::channel();
+    let play = async {
+        say(&mut app, "GET /chat HTTP/1.1\r\nhost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").await;
+        hear(&mut server, "\r\n\r\n").await;
+        say(&mut server, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhi")
+            .await;
+        hear(&mut app, "hi").await;
+        servers.revoked.notify_one();
+    };
+    let (end, ()) = tokio::join!(serve(&mut io, BytesMut::new(), &servers, &mut drain), play);
+    assert_eq!(end, End::Broken);
+}
+
+#[test]
+fn a_connection_costs_little_memory() {
+    let servers = Servers::default();
+    let (_app, mut io) = duplex(1);
+    let (_shutdown, mut drain) = drain::channel();
+    let size = size_of_val(&serve(&mut io, BytesMut::new(), &servers, &mut drain));
+    assert!(size <= 2048, "{size} bytes for a connection's HTTP/1");
 }
 
 #[tokio::test(start_paused = true)]

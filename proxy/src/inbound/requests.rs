@@ -174,6 +174,16 @@ impl Service for Requests<'_> {
 
     fn responded(&self, (): &mut (), _after: Duration) {}
 
+    async fn revoked(&self, request: &Request<'_>) {
+        let mut policy = self.port.policy.clone();
+        loop {
+            policy.changed().await;
+            if permit(self.inbound, self.client, self.port, request.method, request.path).is_err() {
+                return;
+            }
+        }
+    }
+
     fn reuse(&self, (): (), io: Server) {
         self.inbound.pool.put((self.client.who(), self.port.addr), io);
     }

@@ -41,6 +41,11 @@ impl Service for Requests<'_> {
         ticket.responded(self.dst.now(), after);
     }
 
+    /// Who may be asked is the server's decision.
+    async fn revoked(&self, _: &Request<'_>) {
+        std::future::pending().await
+    }
+
     fn reuse(&self, ticket: Ticket, io: Self::Io) {
         self.out.keep(&ticket, io);
     }
