@@ -30,7 +30,7 @@ from procs import LAYOUTS, children, end, enter_netns
 from report import fmt, markdown, summarise
 
 BASES = "direct,relay-plain,haproxy-h2,envoy-h2"
-WORK = os.path.expanduser("~/.cache/mantle/bench")
+WORK = "/var/tmp/mantle-bench"  # not in a home: the proxies run as other users
 
 
 def unmet(spec, o):
