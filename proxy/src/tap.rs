@@ -130,7 +130,7 @@ impl Taps {
         }
         let (events, receiver) = mpsc::channel(MAX_WAITING);
         let base = self.next_base.fetch_add(1, Relaxed);
-        let (left, next_stream) = (AtomicU32::new(limit), AtomicU64::new(0));
+        let (left, next_stream) = (AtomicU32::new(limit), AtomicU64::new(1));
         taps.push(Arc::new(Tap { base, matches, extract_headers, left, next_stream, events }));
         self.active.store(taps.len(), Relaxed);
         Some((receiver, Registration { taps: self.clone(), base }))

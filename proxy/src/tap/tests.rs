@@ -153,7 +153,7 @@ async fn an_observer_sees_a_request_from_its_head_to_its_end() {
     );
     let http::Event::RequestInit(init) = http else { panic!("{http:?}") };
     let id = init.id.expect("an id");
-    assert_eq!((id.base, id.stream), (0, 0));
+    assert_eq!((id.base, id.stream), (0, 1));
     assert_eq!((init.method, init.scheme), (Some(method("GET")), Some(scheme("http"))));
     assert_eq!((init.authority.as_str(), init.path.as_str()), ("web-svc.shop:80", "/api/list"));
     assert_eq!(init.headers.expect("extracted").headers[0].value, b"test\xff");
@@ -177,7 +177,7 @@ async fn an_observer_sees_a_request_from_its_head_to_its_end() {
     assert_eq!(event.source_meta.expect("labels").labels["tls"], "not_provided_by_remote");
     assert!(event.destination_meta.expect("labels").labels.is_empty());
     let http::Event::RequestInit(init) = http else { panic!("{http:?}") };
-    assert_eq!(init.id.map(|id| (id.base, id.stream)), Some((0, 1)));
+    assert_eq!(init.id.map(|id| (id.base, id.stream)), Some((0, 2)));
     let (_, http) = next(&mut events).await;
     let http::Event::ResponseEnd(end) = http else { panic!("{http:?}") };
     assert_eq!(end.eos, Some(h2::Reason::CANCEL.into()));
