@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
+from mantle.core import inject
 from mantle.core.proxy_env import Values
 from mantle.platform.machine import images, manifest, plan, together
 from mantle.platform.machine.spec import Role
@@ -84,6 +86,18 @@ def test_the_sidecar_starts_before_the_application_and_only_it_keeps_a_capabilit
     assert [b.capabilities for b in boxes] == [("NET_ADMIN",), (), ()]
     assert [b.uid for b in boxes] == [65534, 2102, 65534]
     assert [b.own_user_namespace for b in boxes] == [False, False, True]
+
+
+def test_a_manifest_with_the_sidecar_rendered_runs_like_one_without() -> None:
+    item, _ = pod(BOX)
+    other_mesh = Values(version="1", trust_anchors="OTHER", networks=(), inject_by_default=True)
+    rendered = inject.inject_pod(item.doc, {}, other_mesh)
+    assert isinstance(rendered, inject.Injected)
+    parsed = manifest.read("p.yml", json.dumps({**item.doc, **rendered.pod}))
+    assert not parsed.mistakes, parsed.mistakes
+    plain, again = (plan.wanted(each, None, machine()) for each in (item, parsed.objects[0]))
+    assert isinstance(plain, plan.Wanted) and isinstance(again, plan.Wanted), again
+    assert again.pod["spec"] == plain.pod["spec"], "with this mesh's roots"
 
 
 def test_an_image_that_the_user_mapped_never_keeps_capabilities() -> None:

@@ -165,6 +165,8 @@ def _proxy_ports(item: Object, pod: Any, final: Mapping[str, Any]) -> Iterable[M
         values.get(f"{name}_LISTEN_ADDR", "").rpartition(":")[2] for name in ("INBOUND", "OUTBOUND", "CONTROL", "ADMIN")
     }
     for path, box, _ in containers(pod):
+        if box["name"] == inject.PROXY:  # rendered by `mantle inject --manual`, and made anew here
+            continue
         for index, port in enumerate(box.get("ports") or []):
             if str(port["containerPort"]) in taken:
                 yield item.wrong(
