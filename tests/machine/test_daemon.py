@@ -425,3 +425,22 @@ spec: {restartPolicy: Never, containers: [{name: c, image: acme/web}]}
         await until(made, lambda: "no free address" in standing(made, ("Pod", "default", "four"))[1])
 
     play(tmp_path, scene)
+
+
+def test_a_program_that_fails_in_its_first_second_is_not_called_ready(tmp_path: Path) -> None:
+    async def scene(made: Controller, runtime: FakeRuntime) -> None:
+        await made.apply(up(DEPLOYMENT.replace("replicas: 2", "replicas: 1")))
+        events = progress(made, [WEB], 5.0)
+        await ready(made)
+        (uid,) = made.pods
+        first = asyncio.get_running_loop().create_task(anext(events))
+        await made.moved(0.1)
+        assert not first.done()
+        runtime.say(uid, Phase.RUNNING, "waiting", "CrashLoopBackOff", 1)
+        await until(made, lambda: not made.pods[uid].ready)
+        runtime.say(uid, Phase.RUNNING, "running")
+        assert (await first)["event"] == "ready"
+        assert asyncio.get_running_loop().time() - made.pods[uid].running_since["web"] >= 1.0
+        await events.aclose()
+
+    play(tmp_path, scene)

@@ -27,3 +27,16 @@ def test_a_script_needs_its_interpreter_and_that_ones_libraries(tmp_path: Path) 
     for directory in (home, tmp_path / "checkout"):
         directory.chmod(0o700)
     assert exposures(str(script), "/", STRANGER) == [str(venv), str(home / "versions" / "3")]
+
+
+def test_a_checkout_that_an_environment_is_linked_to_is_shown_too(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / "src").mkdir(parents=True)
+    packages = checkout / ".venv" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "web.pth").write_text(f"import web_hook\n{checkout}/src\n")
+    script = program(checkout / ".venv" / "bin" / "web", "an ELF file")
+    (tmp_path / "more").mkdir(mode=0o700)
+    checkout.chmod(0o700)
+    shown = exposures(str(script), "/", STRANGER, f"{tmp_path}/more:relative")
+    assert shown == sorted([str(checkout / ".venv"), str(checkout / "src"), str(tmp_path / "more")])

@@ -77,7 +77,7 @@ def find(box: Mapping[str, Any], spec: Mapping[str, Any], machine: Machine, file
         said = "" if box.get("command") or not image.file else f" (image {box['image']}, {image.file}:{image.line})"
         return Problem(at, path.problem + said, path.fix)
     own = img.untagged(box["image"]) in machine.control_images and image.file == ""
-    return Found(program, path, own, tuple(img.exposures(path, program.cwd, viewer)))
+    return Found(program, path, own, tuple(img.exposures(path, program.cwd, viewer, program.env.get("PYTHONPATH", ""))))
 
 
 @dataclass(slots=True)

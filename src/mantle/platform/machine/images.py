@@ -13,6 +13,7 @@ entrypoint and drops the default arguments, `args` replaces only these). Pure, b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -256,14 +257,25 @@ def _interpreter(program: Path) -> list[Path]:
     return [Path(os.fsdecode(words[0]))] if words else []
 
 
-def exposures(program: str, cwd: str, viewer: Viewer) -> list[str]:
+def exposures(program: str, cwd: str, viewer: Viewer, search: str = "") -> list[str]:
     """Directories that a pod must be shown because the viewer cannot reach them: where the program, its interpreter's
-    libraries and its working directory lie.
+    libraries and its working directory lie. `search`: its PYTHONPATH.
     """
     wanted = [Path(cwd)] if cwd != "/" else []
+    wanted += [Path(entry) for entry in search.split(":") if entry.startswith("/")]
     programs = [Path(program), *_interpreter(Path(program))]
     for path in {each for named in programs for each in (named, named.resolve())}:
         prefix = path.parent.parent
         whole = path.parent.name == "bin" and (prefix / "lib").is_dir() and bool(prefix.stat().st_mode & 0o001)
         wanted.append(prefix if whole else path.parent)
+        wanted += _linked(prefix) if whole else []
     return sorted({str(path) for path in wanted if path.is_dir() and not can_reach(str(path / "x"), viewer)})
+
+
+def _linked(prefix: Path) -> list[Path]:
+    """What a Python environment only points at: checkouts that were installed to be edited (`*.pth`)."""
+    found = []
+    for file in prefix.glob("lib/python3*/site-packages/*.pth"):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            found += [Path(line) for line in file.read_text().splitlines() if line.startswith("/")]
+    return found

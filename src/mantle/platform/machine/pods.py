@@ -41,6 +41,8 @@ class PodState:
     why: str = ""
     """Why it is stopping."""
     probes: dict[str, Probes] = field(default_factory=dict)
+    running_since: dict[str, float] = field(default_factory=dict)
+    """When each container that runs was first seen running, in seconds of the event loop's clock."""
 
     @property
     def key(self) -> Key:
@@ -63,6 +65,11 @@ class PodState:
         serving = {c.name for c in self.spec.containers if c.role is not Role.INIT}
         found = [s for s in self.status.containers if s.name in serving]
         return len(found) == len(serving) and all(self.container_ready(s) for s in found)
+
+    def unproved_since(self) -> float | None:
+        """The youngest start of a container that no readiness probe vouches for; None if all are vouched for."""
+        vouched = {c.name for c in self.spec.containers if c.readiness is not None}
+        return max((at for name, at in self.running_since.items() if name not in vouched), default=None)
 
     def running(self) -> Running:
         """For `reconcile.decide`."""
@@ -156,6 +163,11 @@ class PodFollower:
                     probes = self._state.probes[container.name] = Probes(spec, now)
                     if self._taken_over:
                         probes.resume(container.started, container.started, now)
+        since = self._state.running_since
+        self._state.running_since = {
+            name: since[name] if name in since and self._seen.get(name) == made else now
+            for name, made in running.items()
+        }
         self._seen, self._taken_over = running, False
         self._state.status = status
         self._wake.set()

@@ -16,6 +16,8 @@ from mantle.platform.machine.spec import Phase
 
 LASTS = 2.0
 """Seconds that a reason must last before people are told."""
+SETTLES = 1.0
+"""Seconds that a container without a readiness probe must run before it counts: many fail in the first."""
 
 
 def standing(controller: Controller, item: ObjectId) -> tuple[bool, str]:
@@ -35,6 +37,12 @@ def standing(controller: Controller, item: ObjectId) -> tuple[bool, str]:
         return True, ""
     troubles = [f"pod {p.spec.name}: {text}" for p in mine if (text := p.trouble())]
     return False, "; ".join(troubles[:3]) or f"{ready} of {want.replicas} pods ready"
+
+
+def settled(controller: Controller, item: ObjectId, now: float) -> bool:
+    """Have the pods of it run long enough to be believed? Finished ones have."""
+    mine = [p for p in controller.pods.values() if p.object == item and not p.gone]
+    return all((since := p.unproved_since()) is None or now - since >= SETTLES for p in mine)
 
 
 def _job_standing(goal: Goal, mine: list[PodState]) -> tuple[bool, str]:
@@ -75,6 +83,8 @@ async def progress(controller: Controller, items: list[ObjectId], seconds: float
         left = deadline - loop.time()
         for item in list(waiting):
             good, why = standing(controller, item)
+            if good and not settled(controller, item, loop.time()):
+                good, why = False, "it has just started"
             name = {"object": f"{item[0].lower()}/{item[2]}", "namespace": item[1]}
             if good:
                 waiting.remove(item)
@@ -88,7 +98,7 @@ async def progress(controller: Controller, items: list[ObjectId], seconds: float
                 said[item] = why
                 yield {"event": "waiting", **name, "message": why}
         if waiting:
-            await controller.moved(min(left, 1.0))
+            await controller.moved(min(left, SETTLES / 4))
 
 
 async def pod_events(controller: Controller) -> AsyncIterator[dict[str, Any]]:
