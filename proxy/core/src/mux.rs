@@ -19,12 +19,14 @@
 //! | file | |
 //! |---|---|
 //! | `mux/frame.rs` | what is on the wire: headers, settings, OPEN's fields |
-//! | `mux/session.rs` | the link: what arrives, what a user may do |
+//! | `mux/session.rs` | the link: what its user may do |
+//! | `mux/receive.rs` | what arrives, and which rules it must keep |
 //! | `mux/send.rs` | what leaves: order, fairness, windows |
 //! | `mux/rate.rs` | how often a peer may do what |
 
 mod frame;
 mod rate;
+mod receive;
 mod send;
 mod session;
 #[cfg(test)]
