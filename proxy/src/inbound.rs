@@ -22,7 +22,7 @@ use mantle_proxy_core::detect::Detected;
 use mantle_proxy_core::model::{PeerId, Protocol, ServerPolicy};
 use mantle_proxy_core::mux::Open;
 use mantle_proxy_core::policy::{self, ClientTls, Permit};
-use mantle_proxy_core::reasons::{Denied, NoTls, StreamReset, Unroutable};
+use mantle_proxy_core::reasons::{Denied, LinkClosed, NoTls, StreamReset, Unroutable};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -182,6 +182,9 @@ impl Inbound {
         };
         let closed = link::serve(tls, &credentials, accept, goes).await;
         debug!(client = %peer, reason = closed.label(), "inbound link closed");
+        if !matches!(closed, LinkClosed::Drained | LinkClosed::PeerGone) {
+            self.cx.control.metrics.error(Direction::Inbound, Layer::Tcp, closed.label()); // the peer broke a rule
+        }
         Ok(())
     }
 

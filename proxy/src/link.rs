@@ -39,7 +39,7 @@ use crate::tls::{self, ALPN_MUX, Credentials, CredentialsWatch};
 use run::Link;
 
 pub(crate) use mantle_proxy_core::mux::Hinted as LinkHint;
-pub(crate) use stream::{LinkHandle, MuxStream, StreamEnded};
+pub(crate) use stream::{LinkHandle, MuxStream};
 
 /// The links that one thread has dialled.
 #[derive(Clone)]
@@ -105,11 +105,6 @@ impl Links {
                 link.go_away();
             }
         }
-    }
-
-    /// How many links are up, for tests and for status.
-    pub(crate) fn up(&self) -> usize {
-        self.0.peers.borrow().values().map(|peer| peer.links.len()).sum()
     }
 }
 
@@ -187,7 +182,7 @@ impl Inner {
         let (pool, key, running) = (Rc::downgrade(self), key.clone(), link.clone());
         spawn_local(async move {
             let closed = running.run(tls, until_instant(until), |_, _| {}, std::future::pending()).await;
-            tracing::debug!(peer = %key.0, reason = closed.label(), "link closed");
+            tracing::debug!(peer = %key.0, identity = &*running.peer.dns, reason = closed.label(), "link closed");
             if let Some(pool) = pool.upgrade() {
                 pool.forget(&key, &running);
             }

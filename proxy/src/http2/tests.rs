@@ -14,10 +14,13 @@ use tokio::task::{LocalSet, spawn_local};
 use super::*;
 use crate::drain;
 
+/// Status, `grpc-status`, bytes of the response's body, and whether it failed.
+type Booked = (u16, Option<u8>, u64, bool);
+
 /// What the records of all requests were told.
 #[derive(Default)]
 struct Book {
-    ends: RefCell<Vec<(u16, Option<u8>, u64, bool)>>,
+    ends: RefCell<Vec<Booked>>,
     refused: RefCell<Vec<Refusal>>,
     connected: Cell<usize>,
     unreachable: Cell<usize>,
@@ -31,7 +34,7 @@ struct Book {
 
 struct Ticket {
     book: Rc<Book>,
-    seen: (u16, Option<u8>, u64, bool),
+    seen: Booked,
 }
 
 impl Record for Ticket {
@@ -227,7 +230,7 @@ impl Stage {
     }
 
     /// Waits until `n` requests are over, and says how they were booked.
-    async fn ends(&self, n: usize) -> Vec<(u16, Option<u8>, u64, bool)> {
+    async fn ends(&self, n: usize) -> Vec<Booked> {
         while self.book.ends.borrow().len() < n {
             self.book.ended.notified().await;
         }

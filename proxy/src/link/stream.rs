@@ -8,7 +8,6 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 use bytes::{Buf, BytesMut};
-use mantle_proxy_core::model::PeerId;
 use mantle_proxy_core::mux::StreamId;
 use mantle_proxy_core::reasons::StreamReset;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -46,23 +45,11 @@ pub(super) struct Shared {
 
 /// Why reading or writing failed: found inside the `io::Error` (`ConnectionReset`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct StreamEnded(pub(crate) StreamReset);
-
-impl StreamEnded {
-    /// The reason inside an error of a `MuxStream`.
-    pub(crate) fn of(error: &io::Error) -> Option<StreamReset> {
-        error.get_ref()?.downcast_ref::<Self>().map(|ended| ended.0)
-    }
-}
+pub(super) struct StreamEnded(pub(super) StreamReset);
 
 impl MuxStream {
     pub(super) fn new(link: Rc<Link>, id: StreamId, shared: Rc<Shared>) -> Self {
         Self { link, id, shared, finished: false }
-    }
-
-    /// Who is at the other end of the link.
-    pub(crate) fn peer(&self) -> &PeerId {
-        &self.link.peer
     }
 
     pub(crate) fn link(&self) -> LinkHandle {

@@ -98,9 +98,17 @@ fn play<F: Future<Output = ()>>(act: impl FnOnce(Links, Server, Arc<Credentials>
     });
 }
 
+fn up(links: &Links) -> usize {
+    links.0.peers.borrow().values().map(|peer| peer.links.len()).sum()
+}
+
+/// The reason inside an error of a stream.
+fn why(error: &io::Error) -> Option<StreamReset> {
+    error.get_ref()?.downcast_ref::<stream::StreamEnded>().map(|ended| ended.0)
+}
+
 async fn echo(links: &Links, endpoint: &Endpoint, credentials: &Arc<Credentials>, text: &[u8]) {
     let stream = links.open(endpoint, credentials, 7, LinkHint::Opaque).await.unwrap();
-    assert_eq!(&*stream.peer().dns, API);
     let (mut reader, mut writer) = tokio::io::split(stream);
     let mut got = Vec::new();
     let writing = async {
@@ -123,7 +131,7 @@ fn many_streams_share_one_link() {
         for echo in echoes.collect::<Vec<_>>() {
             echo.await.unwrap();
         }
-        assert_eq!((server.links.get(), links.up()), (1, 1));
+        assert_eq!((server.links.get(), up(&links)), (1, 1));
     });
 }
 
@@ -173,9 +181,9 @@ fn a_reset_reaches_reader_and_writer_with_its_reason() {
         let mut denied = links.open(&endpoint(&server, API), &web, 403, LinkHint::Opaque).await.unwrap();
         denied.write_all(b"x").await.unwrap();
         let error = denied.read(&mut [0; 10]).await.unwrap_err();
-        assert_eq!(StreamEnded::of(&error), Some(StreamReset::Denied));
+        assert_eq!(why(&error), Some(StreamReset::Denied));
         let error = denied.write(b"y").await.unwrap_err();
-        assert_eq!(StreamEnded::of(&error), Some(StreamReset::Denied));
+        assert_eq!(why(&error), Some(StreamReset::Denied));
     });
 }
 
@@ -190,7 +198,7 @@ fn a_peer_that_is_not_who_it_should_be_is_refused_and_nobody_waits() {
         let stranger = Arc::new(Ca::new().credentials(WEB));
         let refused = links.open(&endpoint(&server, API), &stranger, 7, LinkHint::Opaque).await.unwrap_err();
         assert_eq!(refused, Unroutable::IdentityMismatch);
-        assert_eq!(links.up(), 0);
+        assert_eq!(up(&links), 0);
     });
 }
 
@@ -259,7 +267,7 @@ fn a_new_certificate_means_a_new_link_and_the_old_one_drains() {
         kept.read_exact(&mut [0; 1]).await.unwrap();
         drop(kept);
         server.one_closed.notified().await;
-        assert_eq!((server.links.get(), links.up()), (2, 1));
+        assert_eq!((server.links.get(), up(&links)), (2, 1));
         assert_eq!(*server.closed.borrow(), [LinkClosed::Drained]);
     });
 }
@@ -270,7 +278,7 @@ fn a_link_ends_with_its_certificates() {
         let short = Credentials { not_after: SystemTime::now() + Duration::from_millis(300), ..take(web) };
         let mut stream = links.open(&endpoint(&server, API), &Arc::new(short), 9, LinkHint::Opaque).await.unwrap();
         let error = stream.read(&mut [0; 1]).await.unwrap_err();
-        assert_eq!(StreamEnded::of(&error), Some(StreamReset::Broken));
+        assert_eq!(why(&error), Some(StreamReset::Broken));
         server.one_closed.notified().await;
         assert_eq!(*server.closed.borrow(), [LinkClosed::PeerGone]);
     });
