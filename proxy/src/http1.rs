@@ -125,7 +125,11 @@ where
         match next.0 {
             Next::Request => {}
             Next::End(end) => return end,
-            Next::Close => {
+            Next::Close { client_ended: true } => {
+                let _ = client.shutdown().await; // its side ended first: nothing is lost
+                return End::Closed;
+            }
+            Next::Close { client_ended: false } => {
                 close(client).await;
                 return End::Closed;
             }
@@ -137,7 +141,7 @@ where
 /// What follows an exchange.
 enum Next {
     Request,
-    Close,
+    Close { client_ended: bool },
     Refuse(Refusal, End),
     End(End),
 }
@@ -175,11 +179,14 @@ where
         let finished = Exchange::new(terms, head).run(client, rest, &mut io, moved).await;
         record.end(finished.is_err());
         match finished {
-            Ok(Finished::Complete { client_goes_on, server_goes_on }) => {
+            Ok(Finished::Complete { client_goes_on, client_ended, server_goes_on }) => {
                 if server_goes_on {
                     service.reuse(ticket, io);
                 }
-                return if client_goes_on { Next::Request } else { Next::Close };
+                return match client_goes_on {
+                    true => Next::Request,
+                    false => Next::Close { client_ended },
+                };
             }
             Ok(Finished::Tunnel { from_server }) => {
                 let ahead = Ahead { from_client: rest.split().freeze(), from_server };
@@ -217,6 +224,7 @@ enum NoHead {
 async fn read_head<C: AsyncRead + Unpin>(client: &mut C, head: &mut BytesMut, drain: &mut Drain) -> Result<(), NoHead> {
     if head.is_empty() {
         let n = tokio::select! {
+            biased; // what is there already is served, and costs no look at the drain
             n = read_more(client, head, READ) => n,
             () = drain.draining() => return Err(NoHead::Ended),
         };

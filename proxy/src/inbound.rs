@@ -124,7 +124,7 @@ impl Inbound {
             return Box::pin(self.mesh_only(io, peer, original.ip())).await;
         }
         let port = self.port(original)?;
-        let policy = port.policy.clone().known().await?;
+        let policy = port.known().await?;
         let client = |tls| Rc::new(Client::new(peer, tls, None));
         if policy.protocol == Protocol::Opaque {
             let client = client(TlsLabel::None(NoTls::PortSkipped));
@@ -209,7 +209,7 @@ impl Inbound {
         hint: LinkHint,
     ) -> Result<(), Refused> {
         let port = self.port(addr)?;
-        let policy = port.policy.clone().known().await?;
+        let policy = port.known().await?;
         let mut seen = BytesMut::new();
         let understood = match (policy.protocol, hint) {
             (Protocol::Opaque | Protocol::Tls, _) => Understood::known(Detected::Opaque),
@@ -403,6 +403,16 @@ impl Inbound {
         match tokio::time::timeout(HANDSHAKE, handshake).await {
             Ok(Ok(tls)) => Ok(tls),
             Ok(Err(_)) | Err(_) => Err(Denied::IdentityRequired),
+        }
+    }
+}
+
+impl Port {
+    /// The policy in force; waits for the first answer only.
+    async fn known(&self) -> Result<Arc<ServerPolicy>, Denied> {
+        match self.policy.now() {
+            Some(policy) => Ok(policy),
+            None => Box::pin(self.policy.clone().known()).await,
         }
     }
 }

@@ -21,7 +21,7 @@ use mantle_proxy_core::balance::Node;
 use mantle_proxy_core::detect::Detected;
 use mantle_proxy_core::model::Protocol;
 use mantle_proxy_core::reasons::Unroutable;
-use mantle_proxy_core::route::Plan;
+use mantle_proxy_core::route::{Plan, Transport};
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
 use tracing::debug;
@@ -166,7 +166,8 @@ impl Outbound {
         loop {
             let ticket = self.pick(dst).await?;
             if hint == LinkHint::Http1
-                && let Some(io) = self.pool.take(&ticket.key())
+                && !ticket.has_link()
+                && let Some(io) = self.pool.shelf(ticket.key()).take()
             {
                 return Ok(Opened { io, ticket, reused: true });
             }
@@ -199,8 +200,8 @@ impl Outbound {
 
     /// Keeps a connection for the next request; a stream of a link has no next one.
     fn keep(&self, ticket: &Ticket, io: Counted<Upstream>) {
-        if !matches!(io.get(), Upstream::Mux(_)) {
-            self.pool.put(ticket.key(), io);
+        if !ticket.has_link() {
+            self.pool.shelf(ticket.key()).put(io);
         }
     }
 }
@@ -212,6 +213,11 @@ impl Ticket {
 
     fn is_mesh(&self) -> bool {
         matches!(self.reach.route.plan, Plan::Mesh { .. })
+    }
+
+    /// Streams of a link are made for each request.
+    fn has_link(&self) -> bool {
+        matches!(self.reach.route.plan, Plan::Mesh { transport: Transport::Link { .. }, .. })
     }
 
     /// Whose connections may carry this request: the same address, secured the same way.

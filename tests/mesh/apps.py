@@ -1,5 +1,5 @@
-"""The applications of the proxy's tests: an HTTP/1.1 server that tells what it saw, small TCP servers, and (as a program,
-because gRPC makes its own threads) a gRPC server and client: `python apps.py grpc-server PORT` / `grpc-client TARGET`.
+"""The applications of the proxy's tests: an HTTP/1.1 server that tells what it saw, small TCP servers, and a gRPC
+server and client. These two are programs, because gRPC makes threads: `apps.py grpc-server PORT|grpc-client TARGET`.
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ def self_signed(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext
     pem = certificate.public_bytes(serialization.Encoding.PEM)
     (folder / "app.pem").write_bytes(
         pem
-        + key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(folder / "app.pem")
@@ -164,8 +162,8 @@ def tls_echo(context: ssl.SSLContext) -> Callable[[socket.socket], None]:
 
 
 def grpc_server(port: int) -> None:
-    """`/test.Echo/Unary` answers with what it heard and the caller's identity; `/test.Echo/Both` echoes a stream and ends
-    with status 5 (NOT_FOUND) and a trailer after `stop`."""
+    """`/test.Echo/Unary` answers with what it heard and the caller's identity; `/test.Echo/Both` echoes a stream and
+    ends with NOT_FOUND and a trailer after `stop`."""
     import grpc
 
     def identity(context: Any) -> bytes:

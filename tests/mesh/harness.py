@@ -274,9 +274,7 @@ class Mesh:
         self.plane.send_signal(signal.SIGHUP)
 
     def _write_world(self) -> None:
-        pods = {
-            name: pod.spec | {"netns": f"/proc/{os.getpid()}/fd/{pod.net.fd}"} for name, pod in self.pods.items()
-        }
+        pods = {name: pod.spec | {"netns": f"/proc/{os.getpid()}/fd/{pod.net.fd}"} for name, pod in self.pods.items()}
         world = self.folder / "world.json.new"
         world.write_text(json.dumps({"pods": pods, "services": self.services}))
         world.rename(self.folder / "world.json")

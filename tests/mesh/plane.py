@@ -1,4 +1,4 @@
-"""A control plane for tests of the proxy: Mantle's own discovery and policy servers over a world that a test writes down.
+"""A control plane for tests of the proxy: Mantle's own discovery and policy servers over a world that a test writes.
 
 One process listens on 127.0.0.1:7001 of every meshed pod's network namespace (a proxy takes a loopback address in
 plaintext) and serves identity, destination and policy there. Identity signs whatever is asked for: tokens are none of
@@ -14,7 +14,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to
     await asyncio.gather(copy(reader, near_writer), copy(near_reader, writer))
 
 
-async def serve(folder: Path) -> None:
+async def serve(folder: Path, listeners: Sequence[socket.socket]) -> None:
     plane = Plane(folder)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, plane.changed.set)
     mesh = Mesh(NAMES, "cluster.local", PRIVATE_NETWORKS, EVERYWHERE, "all-unauthenticated")
@@ -160,10 +160,7 @@ async def serve(folder: Path) -> None:
         ]
     )
     path = str(folder / "plane.sock")
-    Path(path).unlink(missing_ok=True)
     server.add_insecure_port(f"unix:{path}")
-    world = json.loads((folder / "world.json").read_text())
-    listeners = [listener_in(pod["netns"]) for pod in world["pods"].values() if pod["meshed"]]
     await server.start()
     relays = [await asyncio.start_server(lambda r, w: forward(r, w, path), sock=sock) for sock in listeners]
     async with asyncio.TaskGroup() as tasks:
@@ -173,5 +170,11 @@ async def serve(folder: Path) -> None:
         await asyncio.gather(*(relay.serve_forever() for relay in relays))
 
 
+def main(folder: Path) -> None:
+    (folder / "plane.sock").unlink(missing_ok=True)
+    pods = json.loads((folder / "world.json").read_text())["pods"].values()
+    asyncio.run(serve(folder, [listener_in(pod["netns"]) for pod in pods if pod["meshed"]]))
+
+
 if __name__ == "__main__":
-    asyncio.run(serve(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What happens to traffic while the world changes: policies, endpoints, certificates, the control plane, the proxy itself."""
+"""What happens to traffic while the world changes: policies, endpoints, certificates, control plane, the proxies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def start(tmp_path: Path, mantle_proxy: Path) -> Iterator[Start]:
     """Brings up client, web (HTTP on 8080, echo on 9000, greeting on 9001) and an unmeshed pod."""
     with contextlib.ExitStack() as stack:
 
-        def up(env: dict[str, str] | None = None, handler: type[BaseHTTPRequestHandler] = Telling, **plane: str) -> Mesh:
+        def up(
+            env: dict[str, str] | None = None, handler: type[BaseHTTPRequestHandler] = Telling, **plane: str
+        ) -> Mesh:
             mesh = stack.enter_context(Mesh(tmp_path, mantle_proxy, **plane))
             mesh.pod("client", env=env)
             web = mesh.pod("web", ports=[8080, 9000, 9001], env=env)
@@ -83,7 +85,11 @@ def test_idle_connections_do_not_delay_the_next(start: Start) -> None:
 def test_a_policy_that_gets_stricter_cuts_open_connections_and_refuses_requests(start: Start) -> None:
     mesh = start()
     client, web, plain = mesh.pods["client"], mesh.pods["web"], mesh.pods["plain"]
-    with plain.connect(web.ip, 9000) as outsider, client.connect(WEB, 9000) as insider, plain.connect(web.ip, 8080) as io:
+    with (
+        plain.connect(web.ip, 9000) as outsider,
+        client.connect(WEB, 9000) as insider,
+        plain.connect(web.ip, 8080) as io,
+    ):
         for each in (outsider, insider):
             each.sendall(b"\x00hello")
             assert each.recv(100) == b"\x00hello"
@@ -234,7 +240,12 @@ def test_garbage_on_every_port_harms_nobody_else(start: Start) -> None:
              os.urandom(3000), b"\r\n" * 5000, b"A" * 100_000]  # fmt: skip
     with contextlib.ExitStack() as stack:
         for word in words:
-            for pod, address in ((client, (WEB, 80)), (plain, (web.ip, 8080)), (plain, (web.ip, 4143)), (plain, (web.ip, 4190))):
+            for pod, address in (
+                (client, (WEB, 80)),
+                (plain, (web.ip, 8080)),
+                (plain, (web.ip, 4143)),
+                (plain, (web.ip, 4190)),
+            ):
                 for _ in range(5):
                     with contextlib.suppress(OSError):
                         io = stack.enter_context(pod.connect(*address, timeout=2))

@@ -103,7 +103,9 @@ def test_http_1_0_and_curl(client: Pod) -> None:
 def test_pipelined_requests_are_answered_in_order(client: Pod) -> None:
     with client.connect(WEB, 80) as io:
         bodies = [b"first", b"second", b"third"]
-        io.sendall(b"".join(b"POST / HTTP/1.1\r\nhost: web\r\ncontent-length: %d\r\n\r\n%s" % (len(b), b) for b in bodies))
+        io.sendall(
+            b"".join(b"POST / HTTP/1.1\r\nhost: web\r\ncontent-length: %d\r\n\r\n%s" % (len(b), b) for b in bodies)
+        )
         got = b""
         while got.count(b"HTTP/1.1 200") < 3 or not got.endswith(b"third"):
             data = io.recv(65536)
@@ -154,7 +156,9 @@ def test_opaque_bytes_pass_in_both_directions(client: Pod, web: Pod) -> None:
         assert got == payload
         io.shutdown(1)
         assert io.recv(1) == b""
-    assert web.metric("tcp_read_bytes_total", direction="inbound", peer="src", target_port="9000", tls="true") >= len(payload)
+    assert web.metric("tcp_read_bytes_total", direction="inbound", peer="src", target_port="9000", tls="true") >= len(
+        payload
+    )
 
 
 def test_a_server_that_speaks_first_is_heard_at_once(client: Pod, plain: Pod, web: Pod) -> None:

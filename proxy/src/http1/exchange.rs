@@ -43,12 +43,12 @@ pub(super) enum Moved<'a> {
 pub(super) enum Finished {
     Complete {
         client_goes_on: bool,
+        /// It has ended its side already.
+        client_ended: bool,
         server_goes_on: bool,
     },
     /// 101, or 2xx to CONNECT: bytes from here on are nobody's business. What the server sent after its head is here.
-    Tunnel {
-        from_server: Bytes,
-    },
+    Tunnel { from_server: Bytes },
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -125,6 +125,7 @@ impl Exchange {
                         && framed
                         && self.terms.keep_alive
                         && (!self.sending.client_ended || !buf.is_empty()),
+                    client_ended: self.sending.client_ended,
                     server_goes_on: sent && framed && server_goes_on,
                 },
             }))

@@ -14,6 +14,7 @@ use super::{Client, Inbound, Port, Refused, Server};
 use crate::edges::EdgeGuard;
 use crate::http1::{self, Refusal, Service};
 use crate::metrics::{Counter, Direction, Http, Labels, Layer, Verdict};
+use crate::pool::Shelf;
 use crate::record::{self, Conn};
 use crate::tap::{TapRequest, TapStream};
 
@@ -29,6 +30,8 @@ pub(super) struct Requests<'a> {
 pub(super) struct PortUse {
     pub(super) src: Rc<Conn>,
     _edge: EdgeGuard,
+    /// Connections to the application between requests.
+    shelf: Rc<Shelf<Server>>,
     /// By permit; the few routes and authorizations that one client meets.
     handles: RefCell<Vec<(Permit, Rc<Handles>)>>,
 }
@@ -46,7 +49,8 @@ impl PortUse {
             let control = &inbound.cx.control;
             let src = Rc::new(Conn::open(record::inbound_src(&control.metrics, port.addr, &client.tls, policy)));
             let edge = control.edges.opened(client.addr.ip(), port.addr.port(), &client.tls);
-            Rc::new(Self { src, _edge: edge, handles: RefCell::default() })
+            let shelf = inbound.pool.shelf((client.who(), port.addr));
+            Rc::new(Self { src, _edge: edge, shelf, handles: RefCell::default() })
         });
         used.clone()
     }
@@ -163,7 +167,7 @@ impl Service for Requests<'_> {
         handles.allowed.add(1);
         let record = record::Request::begin(handles.http.clone(), self.tap(request));
         let head = self.head(request);
-        let idle = self.inbound.pool.take(&(self.client.who(), self.port.addr));
+        let idle = self.used.shelf.take();
         let stale = idle.is_some();
         let io = match idle {
             Some(server) => server,
@@ -185,7 +189,7 @@ impl Service for Requests<'_> {
     }
 
     fn reuse(&self, (): (), io: Server) {
-        self.inbound.pool.put((self.client.who(), self.port.addr), io);
+        self.used.shelf.put(io);
     }
 
     fn refused(&self, refusal: Refusal) -> bool {
