@@ -20,6 +20,7 @@ if [ "$(cat $venv/.mantle-stamp 2>/dev/null)" != "$stamp" ]; then
     say "installing the locked Python packages"
     $venv/bin/python -m pip install --quiet --require-hashes --requirement requirements.lock
     $venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+    $venv/bin/python -m compileall -q src apps  # pods may not write beside the sources, and would compile at each start
     echo "$stamp" > $venv/.mantle-stamp
 fi
 
