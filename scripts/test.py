@@ -73,6 +73,8 @@ def rust() -> Step:
     code, output, seconds = run("rust", command)
     results = re.findall(r"^test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", output, re.M)
     passed, failed, ignored = (sum(int(row[column]) for row in results) for column in range(3))
+    if os.environ.get("CI") == "true":  # what CI does not run, nobody does
+        failed, ignored = failed + ignored, 0
     return Step("rust", passed, failed or int(code != 0), ignored, seconds)
 
 
