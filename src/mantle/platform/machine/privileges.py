@@ -29,7 +29,7 @@ def drop_privileges(
     """Becomes `uid`, with exactly `capabilities`, for good: nothing it executes can ever have more.
 
     Without `change_ids` (a user namespace with one id) the ids stay. Raises OSError, also for a capability that does
-    not exist. """
+    not exist."""
     try:
         kept = {CAPABILITIES[name.removeprefix("CAP_")] for name in capabilities}
     except KeyError as error:
