@@ -172,6 +172,12 @@ class _Demo:
             return []  # viz is not up yet
         return [row for row in rows if not row.get("control")]
 
+    def _plaintext(self) -> list[Mapping[str, Any]]:
+        """The edges of all namespaces that carry plaintext: here, the probes, which come from outside the mesh."""
+        assert self.client is not None
+        rows = self.client.get("/v1/viz/edges", resource="deployment", all=1)["edges"]
+        return [row for row in rows if row["no_tls_reason"] and not row.get("control")]
+
     def _report(self, edges: Sequence[Mapping[str, Any]], wrong: Sequence[str], after: float | None) -> None:
         self._forward()
         if self.quiet:
@@ -181,11 +187,14 @@ class _Demo:
         if after is not None:
             click.echo(f"encrypted traffic on every edge after {after:.1f} s\n")
         write(table(edges))
+        if plain := self._plaintext():
+            click.echo("\nwhat is not encrypted keeps working, and says why:\n")
+            write(table(plain))
         if self.forwarder is not None:
             click.echo(f"\nvote at http://{self.forwarder.address}")
         if not wrong:
-            end = "Ctrl-C ends" if self.seconds is None else f"{self.seconds} s, then"
-            click.echo(f"requests as they happen ({end} the demo and removes every trace):\n")
+            end = "Ctrl-C" if self.seconds is None else f"the end, after {self.seconds} s,"
+            click.echo(f"requests as they happen; {end} removes every trace:\n")
 
     def _forward(self) -> None:
         """The web page on the host's loopback."""
