@@ -7,6 +7,8 @@
 //! Stages are boxed once per connection, so that an idle one holds only the stage that it is in.
 
 mod calls;
+mod handshake;
+mod peer;
 mod requests;
 
 use std::cell::{Cell, RefCell};
@@ -17,18 +19,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use mantle_proxy_core::client_hello::{self, ClientHello};
+use mantle_proxy_core::client_hello::ClientHello;
 use mantle_proxy_core::detect::Detected;
-use mantle_proxy_core::model::{PeerId, Protocol, ServerPolicy};
+use mantle_proxy_core::model::{Protocol, ServerPolicy};
 use mantle_proxy_core::mux::Open;
-use mantle_proxy_core::policy::{self, ClientTls, Permit};
+use mantle_proxy_core::policy::{self, Permit};
 use mantle_proxy_core::reasons::{Denied, LinkClosed, NoTls, StreamReset, Unroutable};
-use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use crate::app::Thread;
@@ -38,13 +37,14 @@ use crate::link::{self, LinkHint, MuxStream};
 use crate::metrics::{Direction, Layer, TlsLabel, Verdict};
 use crate::pool::Pool;
 use crate::record::{self, Conn};
-use crate::relay::{Ahead, read_more, relay};
+use crate::relay::{Ahead, relay};
 use crate::sniff::{Understood, understand};
 use crate::socket::{self, Abort, Dial};
-use crate::tls::{self, ALPN_MUX};
+use crate::tls::ALPN_MUX;
 use crate::{http1, http2};
 use calls::Calls;
-use requests::{PortUse, Requests};
+use peer::{Client, Refused, Who};
+use requests::Requests;
 
 /// The inbound side of one data thread.
 pub(crate) struct Inbound {
@@ -54,22 +54,6 @@ pub(crate) struct Inbound {
     pool: Pool<(Who, SocketAddr), Server>,
 }
 
-/// Who may share a connection to the application.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Who {
-    Identity(PeerId),
-    Address(IpAddr),
-}
-
-/// Who is at the other end of an accepted connection, as far as it was proved.
-pub(crate) struct Client {
-    addr: SocketAddr,
-    tls: TlsLabel,
-    id: Option<PeerId>,
-    /// What is kept for each port whose HTTP this connection carries.
-    http: RefCell<HashMap<SocketAddr, Rc<PortUse>>>,
-}
-
 /// What a connection or stream is for: a port of this pod, with the policy in force there.
 pub(crate) struct Port {
     /// The pod's own address and the port.
@@ -77,29 +61,6 @@ pub(crate) struct Port {
     pub(crate) policy: PortPolicy,
     /// The application has spoken first before: do not wait for the client.
     server_first: Cell<bool>,
-}
-
-/// Why inbound traffic was not carried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Refused {
-    Policy(Denied),
-    /// The application did not take the connection.
-    App(Unroutable),
-}
-
-impl Refused {
-    pub(crate) fn label(self) -> &'static str {
-        match self {
-            Self::Policy(why) => why.label(),
-            Self::App(why) => why.label(),
-        }
-    }
-}
-
-impl From<Denied> for Refused {
-    fn from(why: Denied) -> Self {
-        Self::Policy(why)
-    }
 }
 
 /// A connection to the application.
@@ -137,10 +98,10 @@ impl Inbound {
         if understood.detected != Detected::Tls {
             return Box::pin(self.understood(&mut io, &stranger, &port, &policy, seen, understood)).await;
         }
-        match self.client_hello(&mut io, &mut seen).await {
+        match handshake::client_hello(&mut io, &mut seen, self.cx.config.inbound_detect_timeout).await {
             ClientHello::Hello { sni } if sni.as_deref() == Some(&*self.cx.config.identity.local_name) => {
                 let credentials = self.cx.credentials().map_err(|_| Denied::IdentityRequired)?;
-                let mut tls = Box::pin(self.terminate(io, &seen, credentials.server_plain.clone())).await?;
+                let mut tls = Box::pin(handshake::terminate(io, &seen, credentials.server_plain.clone())).await?;
                 let client = Rc::new(Client::proved_by(peer, &tls));
                 let mut seen = BytesMut::new();
                 let understood = self.understand(&mut tls, &mut seen, &client, &port, &policy, HEAD_START).await?;
@@ -157,11 +118,12 @@ impl Inbound {
     }
 
     /// A connection to the proxy's own port: mesh TLS with a client identity, or nothing. Carries streams to any port.
-    async fn mesh_only(self: &Rc<Self>, io: TcpStream, peer: SocketAddr, own: IpAddr) -> Result<(), Refused> {
+    async fn mesh_only(self: &Rc<Self>, mut io: TcpStream, peer: SocketAddr, own: IpAddr) -> Result<(), Refused> {
+        let hello = handshake::first_bytes(&mut io).await?;
         let mut renewed = self.cx.control.credentials.clone();
         let credentials = self.cx.credentials().map_err(|_| Denied::IdentityRequired)?;
         renewed.mark_unchanged();
-        let tls = Box::pin(self.terminate(io, &[], credentials.server_link.clone())).await?;
+        let tls = Box::pin(handshake::terminate(io, &hello, credentials.server_link.clone())).await?;
         let client = Rc::new(Client::proved_by(peer, &tls));
         if client.id.is_none() || tls.get_ref().1.alpn_protocol() != Some(ALPN_MUX) {
             return Err(Denied::IdentityRequired.into());
@@ -370,41 +332,6 @@ impl Inbound {
         let io = socket::connect(port.addr, dial).await.map_err(|_| Refused::App(Unroutable::ConnectFailed))?;
         Ok(Counted::new(io, Rc::new(Conn::open(record::inbound_dst(&self.cx.control.metrics))), 0))
     }
-
-    /// Reads until the ClientHello is whole or proves to be none.
-    async fn client_hello(&self, io: &mut TcpStream, seen: &mut BytesMut) -> ClientHello {
-        let whole = async {
-            loop {
-                match client_hello::parse(seen) {
-                    ClientHello::NeedMore => {}
-                    decided => return decided,
-                }
-                if !matches!(read_more(io, seen, client_hello::MAX_PREFIX).await, Ok(1..)) {
-                    return ClientHello::NotTls;
-                }
-            }
-        };
-        tokio::time::timeout(self.cx.config.inbound_detect_timeout, whole).await.unwrap_or(ClientHello::NotTls)
-    }
-
-    /// Ends mesh TLS here. `seen` is what was read of it already.
-    async fn terminate(
-        &self,
-        io: TcpStream,
-        seen: &[u8],
-        config: Arc<ServerConfig>,
-    ) -> Result<TlsStream<TcpStream>, Denied> {
-        let mut ahead = seen;
-        let handshake = TlsAcceptor::from(config).accept_with(io, |session| {
-            while !ahead.is_empty() && session.read_tls(&mut ahead).is_ok_and(|n| n > 0) {
-                let _ = session.process_new_packets(); // an error comes again when the handshake goes on
-            }
-        });
-        match tokio::time::timeout(HANDSHAKE, handshake).await {
-            Ok(Ok(tls)) => Ok(tls),
-            Ok(Err(_)) | Err(_) => Err(Denied::IdentityRequired),
-        }
-    }
 }
 
 impl Port {
@@ -417,31 +344,4 @@ impl Port {
     }
 }
 
-impl Client {
-    fn new(addr: SocketAddr, tls: TlsLabel, id: Option<PeerId>) -> Self {
-        Self { addr, tls, id, http: RefCell::default() }
-    }
-
-    fn who(&self) -> Who {
-        self.id.clone().map_or(Who::Address(self.addr.ip()), Who::Identity)
-    }
-
-    /// The client at the other end of a finished handshake.
-    fn proved_by(addr: SocketAddr, tls: &TlsStream<TcpStream>) -> Self {
-        let leaf = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-        let id = leaf.and_then(tls::peer_id);
-        let name = id.as_ref().map_or_else(|| "".into(), |id| id.dns.clone());
-        Self::new(addr, TlsLabel::Mutual(name), id)
-    }
-
-    fn proved(&self) -> ClientTls<'_> {
-        match (&self.id, &self.tls) {
-            (Some(id), _) => ClientTls::Identity(id),
-            (None, TlsLabel::Mutual(_)) => ClientTls::Anonymous,
-            (None, TlsLabel::Passthru(_) | TlsLabel::None(_)) => ClientTls::None,
-        }
-    }
-}
-
 const HEAD_START: Duration = Duration::from_millis(2);
-const HANDSHAKE: Duration = Duration::from_secs(10);

@@ -20,6 +20,7 @@ import contextlib
 import http.client
 import json
 import os
+import resource
 import secrets
 import select
 import signal
@@ -95,8 +96,11 @@ class Net:
 
 
 class Pod:
-    def __init__(self, mesh: Mesh, name: str, ip: str, meshed: bool, spec: dict[str, Any], env: dict[str, str]) -> None:
+    def __init__(
+        self, mesh: Mesh, name: str, ip: str, meshed: bool, spec: dict[str, Any], env: dict[str, str], files: int
+    ) -> None:
         self.mesh, self.name, self.ip, self.meshed, self.spec, self.env = mesh, name, ip, meshed, spec, env
+        self.files = files
         self.net = Net()
         self.proxy: subprocess.Popen[bytes] | None = None
 
@@ -120,6 +124,11 @@ class Pod:
 
     def _enter(self) -> None:
         setns(self.net.fd, NEWNET)
+
+    def enter_limited(self) -> None:
+        self._enter()
+        if self.files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(64, self.files), self.files))
 
     def admin(self, path: str) -> str:
         """What the proxy's admin port answers on the pod's loopback."""
@@ -171,13 +180,15 @@ class Mesh:
         ready: bool = True,
         annotations: dict[str, str] | None = None,
         env: dict[str, str] | None = None,
+        files: int = 0,
     ) -> Pod:
         """Adds a pod before `start`. `app` is what services select (default: the name without `-N`), `ports` what it
-        declares, `env` what its proxy is told beyond the usual (`MANTLE_PROXY_` is put before each name)."""
+        declares, `env` what its proxy is told beyond the usual (`MANTLE_PROXY_` is put before each name), `files` the
+        hard limit of its proxy's open files (0: as here)."""
         ip = f"10.203.0.{len(self.pods) + 2}"
         app = app or name.split("-")[0]
         spec = {"ip": ip, "meshed": meshed, "account": app, "app": app, "ports": list(ports), "ready": ready}
-        pod = Pod(self, name, ip, meshed, spec | {"annotations": annotations or {}}, env or {})
+        pod = Pod(self, name, ip, meshed, spec | {"annotations": annotations or {}}, env or {}, files)
         index = self.router.inside(lambda: self.router.route.veth(f"v{len(self.pods)}", "eth0", pod.net.fd))
         self.router.route.route(f"{ip}/32", interface=index)
         if not self.pods:
@@ -242,7 +253,9 @@ class Mesh:
         installed = pod.run(*redirect)
         assert installed.returncode == 0, installed.stderr
         with (self.folder / f"{pod.name}.log").open("ab") as log:
-            pod.proxy = pod.spawn(self.binary, env=self._environment(pod), stderr=log, stdout=log)
+            pod.proxy = pod.spawn(
+                self.binary, env=self._environment(pod), stderr=log, stdout=log, preexec_fn=pod.enter_limited
+            )
 
     def _environment(self, pod: Pod) -> dict[str, str]:
         plane = "127.0.0.1:7001"

@@ -30,11 +30,14 @@ def start(tmp_path: Path, mantle_proxy: Path) -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
         def up(
-            env: dict[str, str] | None = None, handler: type[BaseHTTPRequestHandler] = Telling, **plane: str
+            env: dict[str, str] | None = None,
+            handler: type[BaseHTTPRequestHandler] = Telling,
+            files: int = 0,
+            **plane: str,
         ) -> Mesh:
             mesh = stack.enter_context(Mesh(tmp_path, mantle_proxy, **plane))
             mesh.pod("client", env=env)
-            web = mesh.pod("web", ports=[8080, 9000, 9001], env=env)
+            web = mesh.pod("web", ports=[8080, 9000, 9001], env=env, files=files)
             mesh.pod("plain", meshed=False)
             mesh.service("web", WEB, {80: 8080, 9000: 9000, 9001: 9001})
             mesh.start()
@@ -267,6 +270,44 @@ def _rss_mib(pid: int) -> float:
         if line.startswith("VmRSS"):
             return int(line.split()[1]) / 1024
     raise AssertionError("no VmRSS")
+
+
+def test_at_its_file_limit_a_proxy_refuses_at_once_and_recovers(start: Start) -> None:
+    mesh = start(files=120)
+    web, plain = mesh.pods["web"], mesh.pods["plain"]
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(plain.connect(web.ip, 4143)) for _ in range(200)]
+        assert sum(is_closed(io, 0.05) for io in crowd) > 50, "those beyond the limit are told at once"
+        assert web.proxy and web.proxy.poll() is None
+    wait_for(lambda: _reaches(plain, web.ip, 8080), "the proxy to serve again", log=web.log)
+    assert web.metric("inbound_tcp_errors_total", error="file_limit") > 0
+
+
+def test_a_pod_reaches_itself_through_its_service_without_tls(start: Start) -> None:
+    web = start().pods["web"]
+    status, body, _ = get(web)
+    assert status == 200 and "l5d-client-id" not in dict(json.loads(body))
+    assert web.metric("request_total", direction="outbound", no_tls_reason="loopback") == 1
+
+
+def test_the_clients_address_is_vouched_for_where_it_is_asked_for(start: Start) -> None:
+    mesh = start(env={"INBOUND_CLIENT_ADDR_PORTS": "8080"})
+    for pod, host, port in ((mesh.pods["client"], WEB, 80), (mesh.pods["plain"], mesh.pods["web"].ip, 8080)):
+        assert dict(json.loads(get(pod, host, port)[1]))["mantle-client-addr"] == pod.ip
+
+
+def test_two_data_threads_share_the_work(start: Start) -> None:
+    mesh = start(env={"CORES": "2"})
+    client = mesh.pods["client"]
+    for _ in range(30):
+        assert get(client)[0] == 200
+    with client.connect(WEB, 9000) as io:
+        io.sendall(b"\x00hello")
+        assert io.recv(100) == b"\x00hello"
+    for pod in (client, mesh.pods["web"]):
+        assert pod.proxy
+        pod.proxy.send_signal(signal.SIGTERM)
+        assert pod.proxy.wait(10) == 0
 
 
 def test_nothing_readable_is_on_the_wire_between_meshed_pods(start: Start) -> None:
