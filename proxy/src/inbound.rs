@@ -82,7 +82,8 @@ impl Inbound {
     async fn carry(self: &Rc<Self>, mut io: TcpStream, peer: SocketAddr) -> Result<(), Refused> {
         let original = (self.cx.original_dst)(&io).map_err(|_| Denied::Loop)?;
         if original.port() == self.cx.config.inbound_listen.port() {
-            return Box::pin(self.mesh_only(io, peer, original.ip())).await;
+            let hello = handshake::first_bytes(&mut io).await?;
+            return Box::pin(self.mesh_only(io, hello, peer, original.ip())).await;
         }
         let port = self.port(original)?;
         let policy = port.known().await?;
@@ -118,8 +119,13 @@ impl Inbound {
     }
 
     /// A connection to the proxy's own port: mesh TLS with a client identity, or nothing. Carries streams to any port.
-    async fn mesh_only(self: &Rc<Self>, mut io: TcpStream, peer: SocketAddr, own: IpAddr) -> Result<(), Refused> {
-        let hello = handshake::first_bytes(&mut io).await?;
+    async fn mesh_only(
+        self: &Rc<Self>,
+        io: TcpStream,
+        hello: BytesMut,
+        peer: SocketAddr,
+        own: IpAddr,
+    ) -> Result<(), Refused> {
         let mut renewed = self.cx.control.credentials.clone();
         let credentials = self.cx.credentials().map_err(|_| Denied::IdentityRequired)?;
         renewed.mark_unchanged();

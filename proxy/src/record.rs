@@ -98,6 +98,8 @@ impl Request {
         let outcome = Outcome { status: self.status, grpc: self.grpc, failed };
         let (latency, since) = (self.began.elapsed(), self.responded.map(|at| at.elapsed()).unwrap_or_default());
         self.http.response(outcome, latency);
+        let Outcome { status, grpc, failed } = outcome;
+        tracing::debug!(status, grpc, failed, bytes = self.bytes, ?latency, "request ended");
         if let Some(tap) = self.tap.take() {
             tap.end(outcome, self.bytes, latency, since);
         }
