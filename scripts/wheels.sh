@@ -7,6 +7,10 @@ profile=${1:-dist}
 out=$(realpath -m "${2:-dist}")
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/mantle/target}
 export PATH=$PWD/.venv/bin:$PATH
+# maturin gathers a wheel in the target directory, under one name: two at a time would meet there.
+mkdir -p "$CARGO_TARGET_DIR"
+exec 9>"$CARGO_TARGET_DIR/.wheels.lock"
+flock 9
 maturin build --quiet --locked --manifest-path proxy/Cargo.toml --profile "$profile" --out "$out"
 hatchling build --target wheel --directory "$out" >/dev/null
 ls "$out"/*.whl
