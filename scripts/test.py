@@ -7,6 +7,7 @@ failed`. Arguments go to pytest: `python scripts/test.py -k inject`. With CI=tru
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,9 @@ def python(arguments: Sequence[str]) -> Step:
 
 
 def main() -> None:
+    # A shell starts background jobs with SIGINT and SIGQUIT ignored, and children inherit that; tests press Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     if sentence := missing_programs():
         print(sentence, file=sys.stderr)
         sys.exit(1)

@@ -94,7 +94,8 @@ def _in_child(work: Callable[[], NoReturn], complaints: socket.socket | int) -> 
     channel, or as text to a descriptor."""
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        # All of them: a shell's background job hands on SIGINT and SIGQUIT as ignored.
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
         work()
     except BaseException as error:  # whatever it is, the supervisor is told and this process ends
