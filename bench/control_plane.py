@@ -265,21 +265,27 @@ class Rig:
         self.identity_process = await self._server("identity", self.certify, 29990, *issuer, *limits)
         policy = f"--policy-listen={self.policy}"
         self.destination_process = await self._server("destination", self.destination, 29996, policy)
-        for target in (self.certify, self.destination, self.policy):
-            async with grpc.aio.insecure_channel(target) as channel:
-                await asyncio.wait_for(channel.channel_ready(), 15)
+        try:
+            for target in (self.certify, self.destination, self.policy):
+                async with grpc.aio.insecure_channel(target) as channel:
+                    await asyncio.wait_for(channel.channel_ready(), 15)
+        except TimeoutError:
+            await self._stack.aclose()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
     async def _server(self, program: str, listen: str, admin: int, *flags: str) -> asyncio.subprocess.Process:
+        # Inherited across exec: code of ours between fork and exec can hang, since gRPC has threads by now.
+        os.sched_setaffinity(0, SERVERS)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "mantle.control_plane", program, f"--listen={listen}",
             f"--admin=127.0.0.1:{admin}", f"--platform=unix:{self.directory}/platform.sock", *flags,
             stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: os.sched_setaffinity(0, SERVERS),
         )  # fmt: skip
+        os.sched_setaffinity(0, DRIVERS)
 
         async def end() -> None:
             process.kill()
