@@ -297,8 +297,8 @@ class Rig:
     async def start(self, driver: str, target: str, amount: float, seconds: float, nice: int = 0) -> Any:
         """Starts a driver; `finish` gives its result."""
         return await asyncio.create_subprocess_exec(
-            sys.executable, __file__, "--driver", driver, target, str(amount), str(seconds),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=lambda: os.nice(nice),
+            "nice", "-n", str(nice), sys.executable, __file__, "--driver", driver, target, str(amount), str(seconds),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
     @staticmethod
