@@ -103,10 +103,15 @@ def test_a_policy_that_gets_stricter_cuts_open_connections_and_refuses_requests(
             web.spec["annotations"] = {"config.mantle.dev/default-inbound-policy": "all-authenticated"}
             mesh.change()
             assert is_closed(outsider)
-            http.request("GET", "/headers")
-            refused = http.getresponse()
-            assert refused.status == 403 and refused.getheader("l5d-proxy-error") is None
-            refused.read()
+
+            def is_refused() -> bool:
+                http.request("GET", "/headers")
+                answer = http.getresponse()
+                answer.read()
+                return answer.status == 403 and answer.getheader("l5d-proxy-error") is None
+
+            # Each port's policy comes on a stream of its own, at its own moment.
+            wait_for(is_refused, "the policy of port 8080")
         insider.sendall(b"still here")
         assert insider.recv(100) == b"still here"
         assert get(client)[0] == 200
