@@ -108,10 +108,22 @@ fn before_its_first_certificate_it_is_not_ready_and_a_signal_ends_it() {
     };
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("no certificate yet"), "{answer}");
     let pid = running.0.id().to_string();
+    // The admin port may answer before the data thread listens to signals: the kernel knows when it does.
+    while !catches_sigterm(&pid) {
+        assert!(began.elapsed() < Duration::from_secs(20), "it does not listen to SIGTERM");
+        std::thread::yield_now();
+    }
     let killed = Command::new("kill").args(["-TERM", &pid]).status().expect("kill");
     assert!(killed.success());
     let (status, text) = running.end();
     assert_eq!(status.code(), Some(0), "{text}");
     assert!(text.lines().all(|line| line.starts_with('{') && line.ends_with('}')), "JSON lines: {text}");
     assert!(text.contains("the token /dev/null is empty"), "{text}");
+}
+
+/// Whether the process has a handler for SIGTERM (proc(5), `SigCgt`: signal n is bit n - 1).
+fn catches_sigterm(pid: &str) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("SigCgt");
+    u64::from_str_radix(mask.trim(), 16).expect("a mask") & (1 << 14) != 0
 }

@@ -96,7 +96,7 @@ def test_http_bodies_of_every_framing(client: Pod) -> None:
 def test_http_1_0_and_curl(client: Pod) -> None:
     for flag in ("--http1.0", "--http1.1", "--expect100-timeout"):
         extra = ["5", "-H", "Expect: 100-continue"] if flag == "--expect100-timeout" else []
-        curl = client.run("curl", "-sS", "-m5", flag, *extra, "-d", "a body", f"http://{WEB}/a", f"http://{WEB}/b")
+        curl = client.run("curl", "-fsS", "-m5", flag, *extra, "-d", "a body", f"http://{WEB}/a", f"http://{WEB}/b")
         assert (curl.returncode, curl.stdout) == (0, "a bodya body"), curl.stderr
 
 

@@ -381,7 +381,8 @@ impl Receiving {
             self.head.advance(length);
         } else {
             let mut body = Follower::new(response.body);
-            let server_goes_on = response.keep_alive;
+            // A server asked in HTTP/1.0 closes after its answer, and need not say so in it (RFC 9112 9.3).
+            let server_goes_on = response.keep_alive && matches!(terms.version, Version::Http11);
             let n = body.follow(&self.head[length..]).map_err(NotReceived::Bad)?;
             out.extend_from_slice(&self.head[length..length + n]);
             meter(Moved::Body(n as u64));

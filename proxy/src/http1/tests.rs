@@ -174,7 +174,9 @@ async fn bodies_of_every_framing_pass() {
         let ((got, _), _server) = tokio::join!(client(&servers, says.as_bytes()), play);
         let body = |text: &str| text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned());
         assert_eq!(body(&got), body(answer), "{says:?}");
-        assert_eq!(servers.kept.borrow().len(), usize::from(kept), "{says:?}");
+        // A server asked in HTTP/1.0 closes without saying so: it is never asked again.
+        let asked_again = kept && !says.contains("HTTP/1.0");
+        assert_eq!(servers.kept.borrow().len(), usize::from(asked_again), "{says:?}");
         assert_eq!(got.contains("connection: close"), !kept, "{says:?}: {got}");
         assert_eq!(got.contains("connection: keep-alive"), says.contains("HTTP/1.0"), "{says:?}: {got}");
     }
