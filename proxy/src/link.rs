@@ -143,7 +143,10 @@ impl Inner {
             peer.dialling = None;
             let outcome = match dialled {
                 Ok(link) => {
-                    peer.links.push(link);
+                    // A peer that renews its certificate just now says goodbye at once: whoever waits dials again.
+                    if !link.is_closed() {
+                        peer.links.push(link);
+                    }
                     Ok(())
                 }
                 Err(why) => {
@@ -158,7 +161,7 @@ impl Inner {
         outcome
     }
 
-    /// Connects, proves both sides, and waits until the peer is ready for streams.
+    /// Connects, proves both sides, and waits until the peer is ready for streams, or has already drained the link.
     async fn dial(self: &Rc<Self>, key: &Key, credentials: &Credentials) -> Result<Rc<Link>, Unroutable> {
         let (proxy, identity) = key;
         let name = tls::server_name(identity).ok_or(Unroutable::InvalidIdentity)?;
@@ -188,7 +191,7 @@ impl Inner {
             }
         });
         match timeout_at(deadline, link.ready()).await {
-            Ok(Ok(())) => Ok(link),
+            Ok(Ok(()) | Err(LinkClosed::Drained)) => Ok(link),
             Ok(Err(_)) | Err(_) => {
                 link.go_away();
                 Err(Unroutable::TlsFailed)

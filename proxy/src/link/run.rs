@@ -79,6 +79,10 @@ impl Link {
         self.dirty();
     }
 
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.get().is_some()
+    }
+
     pub(super) fn is_leaving(&self) -> bool {
         self.closed.get().is_some() || self.session.borrow().is_leaving()
     }

@@ -252,6 +252,15 @@ fn a_draining_peer_finishes_what_is_open_and_gets_no_more() {
 }
 
 #[test]
+fn a_link_that_the_peer_drains_as_soon_as_it_is_made_is_dialled_again() {
+    play(|links, server, web| async move {
+        server.drain.notify_one(); // the first link meets it before its first frame
+        echo(&links, &endpoint(&server, API), &web, b"renewed meanwhile").await;
+        assert_eq!((server.links.get(), up(&links)), (2, 1));
+    });
+}
+
+#[test]
 fn a_new_certificate_means_a_new_link_and_the_old_one_drains() {
     play(|links, _, _| async move {
         let ca = Ca::new();
