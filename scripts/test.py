@@ -1,4 +1,5 @@
-"""`make test`: lint, the Rust tests, the Python tests (real proxies in real namespaces and the demo among them).
+"""`make test`: lint, the Rust tests, the Python tests (real proxies in real namespaces and the demo among
+them). What needs a cluster is `make e2e`.
 
 Every step runs even when an earlier one failed. The last lines are one table and, for machines, `tests: N passed, N
 failed`. Arguments go to pytest: `python scripts/test.py -k inject`. With CI=true a skipped test is a failure.
@@ -83,7 +84,16 @@ def python(arguments: Sequence[str]) -> Step:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "junit.xml"
         workers = ["-n", WORKERS, "--dist", "worksteal"]
-        command = [".venv/bin/pytest", "-q", *workers, f"--junit-xml={report}", "--durations=8", *arguments]
+        command = [
+            ".venv/bin/pytest",
+            "-q",
+            "--ignore=tests/e2e",
+            "--ignore=tests/cluster",
+            *workers,
+            f"--junit-xml={report}",
+            "--durations=8",
+            *arguments,
+        ]
         code, _, seconds = run("python", command)
         suites = list(ElementTree.parse(report).getroot()) if report.exists() else []
     total, failures, errors, skipped = (
