@@ -31,6 +31,7 @@ OPTIONS: Mapping[str, tuple[str, str]] = {
     "--skip-outbound-ports": ("skip-outbound-ports", "PORTS"),
     "--require-identity-on-inbound-ports": ("proxy-require-identity-inbound-ports", "PORTS"),
     "--default-inbound-policy": ("default-inbound-policy", "POLICY"),
+    "--tls": ("tls", "MODE"),
     "--enable-debug-sidecar": ("enable-debug-sidecar", ""),
     "--enable-external-profiles": ("enable-external-profiles", ""),
     "--native-sidecar": ("proxy-enable-native-sidecar", ""),
@@ -101,6 +102,7 @@ def command(
             trust_domain=trust_domain,
             inject_by_default=True,
             created_by=f"mantle/cli {__version__}",
+            tls=str(settings.get("tls") or "default"),
         )
     wish = Wish(_accepted(settings), "ingress" if ingress else "enabled", values)
     documents = [document for name in files for document in read(name)]

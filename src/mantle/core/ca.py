@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Protocol, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mantle.core.names import BadName, MeshNames, Workload
+from mantle.core.names import BadName
 from mantle.core.reasons import CertifyRefused
 
 LEAF_LIFETIME = timedelta(hours=24)
@@ -34,6 +35,27 @@ SERIAL_BYTES = 16
 _MAX_COMMON_NAME = 64
 """ub-common-name of RFC 5280: longer names stand in the SAN only, which is then critical."""
 _TAG_SEQUENCE = b"\x30"
+
+
+Subject = TypeVar("Subject", contravariant=True)
+
+
+class CaNames(Protocol):
+    """What an authority's own certificates are called (`names.MeshNames`, `optional_tls.OptionalNames`)."""
+
+    @property
+    def root(self) -> str: ...
+    @property
+    def issuer(self) -> str: ...
+    @property
+    def trust_domain(self) -> str: ...
+
+
+class LeafNames(Protocol[Subject]):
+    """What a leaf is called: its DNS name, or why it cannot have one, and its SPIFFE ID."""
+
+    def identity(self, subject: Subject, /) -> str | BadName: ...
+    def spiffe(self, subject: Subject, /) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +138,16 @@ class Leaf:
     sha256: str
 
 
-def make_trust(names: MeshNames, now: datetime, serials: tuple[bytes, bytes], skew: timedelta = CLOCK_SKEW) -> Trust:
+def make_trust(
+    names: CaNames,
+    now: datetime,
+    serials: tuple[bytes, bytes],
+    skew: timedelta = CLOCK_SKEW,
+    permitted: str | None = None,
+) -> Trust:
     """A new trust anchor and issuer, valid `CA_LIFETIME` from `now` (aware) and `skew` before it.
+
+    `permitted`: the DNS domain below which alone they may sign names (RFC 5280 4.2.1.10); None: any.
 
     The anchor's private key is a local variable of this function: it signs the issuer and is dropped. `serials` are the
     two certificates' serial bytes (see `serial_of`).
@@ -126,9 +156,12 @@ def make_trust(names: MeshNames, now: datetime, serials: tuple[bytes, bytes], sk
     issuer_key = ec.generate_private_key(ec.SECP256R1())
     begin, end = _seconds(now - skew), _seconds(now + CA_LIFETIME)
     trust_domain = x509.UniformResourceIdentifier(f"spiffe://{names.trust_domain}")
-    root = _sign_ca(names.root, names.root, root_key, root_key, serial_of(serials[0]), begin, end, trust_domain, None)
+    extensions = [x509.NameConstraints([x509.DNSName(permitted)], None)] if permitted else []
+    root = _sign_ca(
+        names.root, names.root, root_key, root_key, serial_of(serials[0]), begin, end, trust_domain, None, extensions
+    )
     issuer = _sign_ca(
-        names.issuer, names.root, issuer_key, root_key, serial_of(serials[1]), begin, end, trust_domain, path_length=0
+        names.issuer, names.root, issuer_key, root_key, serial_of(serials[1]), begin, end, trust_domain, 0, extensions
     )
     return Trust(
         roots_pem=root.public_bytes(serialization.Encoding.PEM),
@@ -242,8 +275,8 @@ def check_csr(der: bytes, identity: str) -> CheckedCsr | Refusal:
 def template(
     valid: ValidIssuer,
     csr: CheckedCsr,
-    workload: Workload,
-    names: MeshNames,
+    workload: Subject,
+    names: LeafNames[Subject],
     now: datetime,
     serial: bytes,
     lifetime: timedelta = LEAF_LIFETIME,
@@ -376,8 +409,9 @@ def _sign_ca(
     end: datetime,
     trust_domain: x509.UniformResourceIdentifier,
     path_length: int | None,
+    constraints: Sequence[x509.NameConstraints],
 ) -> x509.Certificate:
-    return (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(_name(subject))
         .issuer_name(_name(issuer))
@@ -390,8 +424,10 @@ def _sign_ca(
         .add_extension(x509.SubjectAlternativeName([trust_domain]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-        .sign(signer, hashes.SHA256())
     )
+    for constraint in constraints:
+        builder = builder.add_extension(constraint, critical=True)
+    return builder.sign(signer, hashes.SHA256())
 
 
 def _name(common_name: str) -> x509.Name:

@@ -32,6 +32,9 @@ from mantle.core.annotations import (
     Mistake,
     read_config,
 )
+from mantle.core.inject_optional import VOLUMES as OPTIONAL_VOLUMES
+from mantle.core.inject_optional import accept_migration, make_optional, names_of, owner_for, tls_mistakes
+from mantle.core.optional_names import LABEL_TLS, OPTIONAL, OWNER
 from mantle.core.pod_facts import Skip, containers, has_udp_ports, inbound_ports, obstacles, opaque_ports
 from mantle.core.proxy_env import Subject, Values, environment
 
@@ -128,7 +131,25 @@ def inject_pod(
     }
     if f"{PREFIX}opaque-ports" not in metadata["annotations"] and opaque:
         metadata["annotations"][f"{PREFIX}opaque-ports"] = opaque
+    if mistakes := _apply_tls(result, ns_metadata, owner, config, values):
+        return Refused(mistakes)
     return Injected(result, has_udp_ports(spec))
+
+
+def _apply_tls(
+    pod: Object, ns_metadata: Mapping[str, Any], owner: tuple[str, str] | None, config: Config, values: Values
+) -> tuple[Mistake, ...]:
+    """The experimental mode, where it is asked for; what keeps the pod from it."""
+    names = names_of(values.control_namespace, values.trust_domain)
+    if config.get("tls") != OPTIONAL:
+        mistake = accept_migration(pod, names, PROXY)
+        return (mistake,) if mistake else ()
+    namespace = pod["metadata"].get("namespace") or ns_metadata.get("name") or ""
+    found = owner_for(pod, namespace, owner, names)
+    mistakes = tls_mistakes(pod, values.tls) + ((found,) if isinstance(found, Mistake) else ())
+    if not mistakes and not isinstance(found, Mistake):
+        make_optional(pod, found, names, PROXY, TOKEN_VOLUME)
+    return mistakes
 
 
 def uninject_pod(pod: Mapping[str, Any]) -> Object:
@@ -142,13 +163,17 @@ def uninject_pod(pod: Mapping[str, Any]) -> Object:
             spec[key] = [c for c in spec[key] if c.get("name") not in (PROXY, INIT, DEBUG)]
             if not spec[key] and key == "initContainers":
                 del spec[key]
-    spec["volumes"] = [v for v in spec.get("volumes") or [] if v.get("name") not in (TOKEN_VOLUME, END_ENTITY_VOLUME)]
+    spec["volumes"] = [
+        v
+        for v in spec.get("volumes") or []
+        if v.get("name") not in (TOKEN_VOLUME, END_ENTITY_VOLUME, *OPTIONAL_VOLUMES)
+    ]
     if not spec["volumes"]:
         del spec["volumes"]
-    for key in (CREATED_BY, PROXY_VERSION, TRUST_ROOT_SHA256):
+    for key in (CREATED_BY, PROXY_VERSION, TRUST_ROOT_SHA256, OWNER):
         (metadata.get("annotations") or {}).pop(key, None)
     labels = metadata.get("labels") or {}
-    for key in (LABEL_CONTROL_NS, LABEL_WORKLOAD_NS, *(LABEL_OWNER_PREFIX + kind for kind in OWNER_KINDS)):
+    for key in (LABEL_CONTROL_NS, LABEL_WORKLOAD_NS, LABEL_TLS, *(LABEL_OWNER_PREFIX + kind for kind in OWNER_KINDS)):
         labels.pop(key, None)
     return result
 

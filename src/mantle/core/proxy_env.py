@@ -38,6 +38,8 @@ class Values:
     default_policy: str = "all-unauthenticated"
     interop: bool = False
     created_by: str = ""
+    tls: str = "default"
+    """What `mantle install --tls` was told: `optional` if there is a `ca` for pods of the experimental mode."""
     log: str = "warn,mantle=info"
     proxy_env: Mapping[str, str] = field(default_factory=dict)
     """More for every proxy, unprefixed (`IDENTITY_MIN_REFRESH`: `1s`); only `proxy-additional-env` wins over them."""
