@@ -37,7 +37,7 @@ def said(text: str) -> list[str]:
     parsed = manifest.read("app.yml", text)
     wrong = [
         *parsed.mistakes,
-        *together.check(parsed.objects, {}, frozenset({"mantle"}), partial=bool(parsed.mistakes)),
+        *together.check(parsed.objects, {}, frozenset({"mantle"}), partial=not parsed.complete, unread=parsed.unread),
     ]
     return [f"{m.line}: {m.message} | {m.fix}" for m in wrong]
 
@@ -59,6 +59,26 @@ def test_every_mistake_is_reported_at_once_with_its_line() -> None:
     assert any(line.startswith("12: ") and "unknown field" in line and "write image" in line for line in lines)
     assert any("containers[0].image is missing" in line for line in lines)
     assert any("unknown field spec.ports[0].prot" in line and "write port" in line for line in lines)
+
+
+def test_a_mistake_hides_no_other() -> None:
+    """A wrong field is looked past, a document that is no YAML too; and nothing is guessed about what was not read."""
+    lines = said(
+        DEPLOYMENT.replace(
+            "name: web\n          image", "nmae: x\n          name: web\n          imgae: y\n          image"
+        )
+    )
+    assert [line.split(":")[0] for line in lines] == ["10", "12"]
+    unknown = DEPLOYMENT.replace("          image:", "          commnd: [x]\n          image:")
+    second = "        - {name: web, image: acme/x:1, ports: [{containerPort: 8080}]}\n"
+    lines = said(unknown + second + SERVICE.replace("app: web", "app: wbe"))
+    words = ["unknown field", "'web' is used twice", "port 8080 is in use inside the pod", "it selects nothing"]
+    assert [word in line for word, line in zip(words, lines, strict=True)] == [True] * 4, lines
+    lines = said(DEPLOYMENT + "---\na: [1\n---\nb: c: d\n" + SERVICE + SERVICE.replace("port: 80", "port: 80000"))
+    words = ["15", "17"], ["not YAML", "not YAML", "the name is taken", "80000 is not between"]
+    assert [word in line for word, line in zip(words[1], lines, strict=True)] == [True] * 4, lines
+    labels = said(DEPLOYMENT.replace("labels: {app: web}", "labels: {app: 5}") + SERVICE)
+    assert len(labels) == 1 and "quote it" in labels[0], labels
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from mantle.core import inject
 from mantle.core.proxy_env import Values
-from mantle.platform.machine import images, manifest, plan, together
+from mantle.platform.machine import applying, images, manifest, plan, together
 from mantle.platform.machine.spec import Role
 
 PROXY = images.Image(("sh",))
@@ -221,6 +221,15 @@ def test_resolver_and_hosts() -> None:
     assert "10.0.0.9\tdb" in planned.hosts and "10.203.0.9\tp" in planned.hosts
 
 
+def test_a_wrong_entry_of_a_map_is_said_once_where_it_stands(tmp_path: Path) -> None:
+    text = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n" + BOX.replace("acme/web:1", "x")
+    maps = (("m.yml", "images: {x: {command: [sh], directry: x}}", str(tmp_path)),)
+    request = applying.Request({"a.yml": ("a.yml", text, maps)})
+    wrong = applying.prepare(request, {}, machine(), frozenset())
+    assert isinstance(wrong, list)
+    assert [(m.file, m.message) for m in wrong] == [("m.yml", "image x: unknown field directry")]
+
+
 def test_image_maps_report_every_mistake(tmp_path: Path) -> None:
     text = (
         "images:\n"
@@ -230,7 +239,7 @@ def test_image_maps_report_every_mistake(tmp_path: Path) -> None:
         "other: 1\n"
     )
     made, wrong = images.read_map("m.yml", text, str(tmp_path))
-    assert made == {}
+    assert not any(image.command for image in made.values())
     assert any(m.line == 2 and "command: [python3, -m, web]" in m.fix for m in wrong)
     assert any(m.line == 3 and "write command" in m.fix for m in wrong)
     assert any(m.line == 4 and 'quote it: "80"' in m.fix for m in wrong)

@@ -76,11 +76,14 @@ def prepare(
     shared, wrong = _maps(request.maps)
     mistakes += wrong
     given: dict[str, Applied] = {}
+    complete = True
+    unread: list[manifest.Object] = []
     for key, (name, text, maps) in request.files.items():
         parsed = manifest.read(name, text, request.namespace)
         beside, wrong = _maps(maps)
         mistakes += [*parsed.mistakes, *(m for m in wrong if m not in mistakes)]
         notes += [note for note in parsed.notes if note not in notes]
+        complete, unread = complete and parsed.complete, [*unread, *parsed.unread]
         user = request.user or base.default_user
         given[key] = Applied(name, parsed.objects, {**beside, **shared}, request.search, user)
     objects = {key: a.objects for key, a in present.items()}
@@ -88,7 +91,7 @@ def prepare(
     new = [item for a in given.values() for item in a.objects]
     ours = {item.id for item in new}
     stays = {key: item for key, item in objects_of(after).items() if key not in ours}
-    mistakes += together.check(new, stays, reserved, partial=bool(mistakes))
+    mistakes += together.check(new, stays, reserved, partial=not complete, unread=unread)
     files = {
         key: given[key] if key in given else dataclasses.replace(present[key], objects=held)
         for key, held in after.items()

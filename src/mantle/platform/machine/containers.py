@@ -37,7 +37,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`path` is relative to the container."""
+    """`path` is relative to the container. An empty message: the reason is said elsewhere."""
 
     path: Path
     message: str
@@ -50,6 +50,8 @@ def find(box: Mapping[str, Any], spec: Mapping[str, Any], machine: Machine, file
     if image is None:
         message, fix = img.unmapped(box["image"], file)
         return Problem(("image",), message, fix)
+    if not image.command:
+        return Problem(("image",), "", "")
     program = img.join(image, box)
     mounted = [m["mountPath"].rstrip("/") or "/" for m in box.get("volumeMounts") or []]
     inside = any(program.cwd == m or program.cwd.startswith(m + "/") for m in mounted)

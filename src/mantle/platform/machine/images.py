@@ -30,9 +30,10 @@ MAP_NAME = "mantle.images.yml"
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One entry of a map. `where` is what an error points at."""
+    """One entry of a map. `file` and `line` are what an error points at."""
 
     command: tuple[str, ...]
+    """Empty: the entry is wrong, and that is said where it stands."""
     args: tuple[str, ...] = ()
     directory: str = "/"
     env: Mapping[str, str] = field(default_factory=dict)
@@ -113,6 +114,7 @@ def _entry(
             fix = f"write a list: command: [{', '.join(entry['command'].split())}]"
         mistakes.append(Mistake(file, document.line((*at, *w.path)), f"image {name}: {w.message}", fix))
     if wrong:
+        images[name] = Image((), file=file, line=document.line(at))  # it is mapped, though nobody knows to what
         return
     for variable in entry.get("env") or {}:
         if problem := ENV.check(variable):
@@ -121,6 +123,7 @@ def _entry(
         mistakes.append(
             Mistake(file, document.line((*at, "command")), f"image {name}: the command is empty", "name a program")
         )
+        images[name] = Image((), file=file, line=document.line(at))
         return
     cwd = os.path.normpath(Path(directory) / entry["directory"]) if entry.get("directory") else "/"
     images[name] = Image(

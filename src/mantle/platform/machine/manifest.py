@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mantle.platform.machine.kinds import KINDS, NOT_WORKLOADS_HERE
-from mantle.platform.machine.schema import Wrong, walk
+from mantle.platform.machine.schema import Node, Wrong, walk
 from mantle.platform.machine.yamlpos import Document, Mistake, Path
 from mantle.platform.machine.yamlpos import read as read_yaml
 
@@ -54,8 +54,13 @@ class Parsed:
     """What one file held. `notes` are what was left out, each said once."""
 
     objects: tuple[Object, ...]
+    """All that can be checked further; those with harmless mistakes without the fields that are wrong."""
     mistakes: tuple[Mistake, ...]
     notes: tuple[str, ...]
+    unread: tuple[Object, ...] = ()
+    """Objects too wrong to be checked: their names are taken all the same."""
+    complete: bool = True
+    """Is every object of the file in `objects`? Otherwise nobody can say that something is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +102,30 @@ def service_account(pod: Template) -> str:
 def read(file: str, text: str, default_namespace: str = "default") -> Parsed:
     """All objects of a file, in order. `file` is used in messages only."""
     documents, mistakes = read_yaml(file, text)
-    objects: list[Object] = []
-    ignored: dict[str, list[str]] = {}
-    skipped: dict[str, list[str]] = {}
+    found = _Found(file, default_namespace, mistakes, complete=not mistakes)
     if not documents and not mistakes:
         mistakes.append(Mistake(file, 0, "no object in this file", "write a Kubernetes manifest into it"))
     for document in documents:
         for prefix, value in _items(document):
-            _one(file, document, prefix, value, default_namespace, objects, mistakes, ignored, skipped)
-    notes = [f"{said} ({_few(where)})" for said, where in ignored.items()]
-    notes += [f"{kind} is not played on one machine: skipped ({_few(names)})" for kind, names in skipped.items()]
+            found.complete &= _one(found, document, prefix, value)
+    notes = [f"{said} ({_few(where)})" for said, where in found.ignored.items()]
+    notes += [f"{kind} is not played on one machine: skipped ({_few(names)})" for kind, names in found.skipped.items()]
     mistakes.sort(key=lambda m: m.line)
-    return Parsed(tuple(objects), tuple(mistakes), tuple(notes))
+    return Parsed(tuple(found.objects), tuple(mistakes), tuple(notes), tuple(found.unread), found.complete)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What is known of a file while it is read."""
+
+    file: str
+    default_namespace: str
+    mistakes: list[Mistake]
+    complete: bool
+    objects: list[Object] = field(default_factory=list)
+    unread: list[Object] = field(default_factory=list)
+    ignored: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
 
 
 def _items(document: Document, prefix: Path = (), value: Any = None, depth: int = 0) -> Iterator[tuple[Path, Any]]:
@@ -125,62 +142,77 @@ def _items(document: Document, prefix: Path = (), value: Any = None, depth: int 
         yield prefix, value
 
 
-def _one(
-    file: str,
-    document: Document,
-    prefix: Path,
-    value: Any,
-    default_namespace: str,
-    objects: list[Object],
-    mistakes: list[Mistake],
-    ignored: dict[str, list[str]],
-    skipped: dict[str, list[str]],
-) -> None:
-    def wrong(path: Path, message: str, fix: str) -> None:
-        mistakes.append(Mistake(file, document.line((*prefix, *path)), message, fix))
+def _one(found: _Found, document: Document, prefix: Path, value: Any) -> bool:
+    """Takes one object in. False if there is something in the file that cannot be checked any further."""
 
+    def wrong(path: Path, message: str, fix: str) -> bool:
+        found.mistakes.append(Mistake(found.file, document.line((*prefix, *path)), message, fix))
+        return False
+
+    begin = "an object begins with `apiVersion:`, `kind:` and `metadata:`"
     if not isinstance(value, dict):
-        return wrong(
-            (), "this is not a Kubernetes object", "an object begins with `apiVersion:`, `kind:` and `metadata:`"
-        )
+        return wrong((), "this is not a Kubernetes object", begin)
     kind, version = value.get("kind"), value.get("apiVersion")
     if not isinstance(kind, str) or not isinstance(version, str):
         missing = [k for k in ("apiVersion", "kind") if not isinstance(value.get(k), str)]
-        return wrong(
-            (),
-            f"{' and '.join(missing)} missing or not text",
-            "an object begins with `apiVersion:`, `kind:` and `metadata:`",
-        )
+        return wrong((), f"{' and '.join(missing)} missing or not text", begin)
     meta = value.get("metadata")
     name = meta.get("name", "?") if isinstance(meta, dict) else "?"
+    label = f"{kind.lower()}/{name}"
     if kind in NOT_WORKLOADS_HERE:
-        return wrong(
-            ("kind",), f"{kind.lower()}/{name}: a {kind} is not played on one machine", NOT_WORKLOADS_HERE[kind]
-        )
+        return wrong(("kind",), f"{label}: a {kind} is not played on one machine", NOT_WORKLOADS_HERE[kind])
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.75)
         if near:
             return wrong(("kind",), f"unknown kind {kind}", f"write {near[0]}")
-        skipped.setdefault(kind, []).append(f"{kind.lower()}/{name}")
-        return None
+        found.skipped.setdefault(kind, []).append(label)
+        return True
     want, table = KINDS[kind]
     if version != want:
-        wrong(("apiVersion",), f"{kind.lower()}/{name}: a {kind} of {version}", f"write apiVersion: {want}")
-    before = len(mistakes)
-    for found in walk(table, value):
-        if isinstance(found, Wrong):
-            wrong(found.path, f"{kind.lower()}/{name}: {found.message}", found.fix)
+        wrong(("apiVersion",), f"{label}: a {kind} of {version}", f"write apiVersion: {want}")
+    bad: list[Path] = []
+    for one in walk(table, value):
+        if isinstance(one, Wrong):
+            bad.append(one.path)
+            wrong(one.path, f"{label}: {one.message}", one.fix)
         else:
-            where = ignored.setdefault(found[1], [])
-            if (label := f"{kind.lower()}/{name}") not in where:
+            where = found.ignored.setdefault(one[1], [])
+            if label not in where:
                 where.append(label)
-    if len(mistakes) > before or not isinstance(meta, dict):
-        return None
-    namespace = "" if kind == "Namespace" else meta.get("namespace") or default_namespace
-    doc = dict(value)
+    if not isinstance(meta, dict) or not isinstance(name, str):
+        return False
+    good = value if not bad else _harmless(table, value, bad)
+    namespace = "" if kind == "Namespace" else meta.get("namespace") or found.default_namespace
+    if good is None:
+        if isinstance(namespace, str):
+            found.unread.append(Object(kind, namespace, name, value, found.file, document, prefix))
+        return False
+    doc = dict(good)
     doc["metadata"] = {**meta, **({"namespace": namespace} if namespace else {})}
-    objects.append(Object(kind, namespace, str(name), doc, file, document, prefix))
-    return None
+    found.objects.append(Object(kind, namespace, name, doc, found.file, document, prefix))
+    return True
+
+
+_MEANT = frozenset({"metadata", "selector", "ports", "volumes", "data", "stringData", "binaryData"})
+"""Fields that others refer to: with a mistake inside one of them, what would be said next may be wrong."""
+
+
+def _harmless(table: Node, value: dict[str, Any], bad: list[Path]) -> dict[str, Any] | None:
+    """The object without the fields at `bad`, so that everything else about it can be checked in the same go; None if
+    that is not safe, or is no object any more.
+    """
+    if any(_MEANT.intersection(path) or not path or not isinstance(path[-1], str) for path in bad):
+        return None
+    good = _without(value, (), frozenset(bad))
+    return None if any(isinstance(one, Wrong) for one in walk(table, good)) else good
+
+
+def _without(value: Any, path: Path, bad: frozenset[Path]) -> Any:
+    if isinstance(value, dict):
+        return {k: _without(v, (*path, k), bad) for k, v in value.items() if (*path, k) not in bad}
+    if isinstance(value, list):
+        return [_without(item, (*path, index), bad) for index, item in enumerate(value)]
+    return value
 
 
 def _few(names: list[str]) -> str:

@@ -123,13 +123,9 @@ def wanted(item: Object, namespace: Object | None, machine: Machine) -> Wanted |
     for box in [*(final["spec"].get("initContainers") or []), *(final["spec"].get("containers") or [])]:
         result = boxes.find(box, final["spec"], machine, item.file)
         if isinstance(result, boxes.Problem):
-            found.append(
-                item.wrong(
-                    (*paths.get(box["name"], pod.path), *result.path),
-                    f"container {box['name']}: {result.message}",
-                    result.fix,
-                )
-            )
+            where = (*paths.get(box["name"], pod.path), *result.path)
+            if result.message:
+                found.append(item.wrong(where, f"container {box['name']}: {result.message}", result.fix))
         else:
             programs[box["name"]] = result
             used.append([result.path, result.program.argv, result.program.cwd, dict(result.program.env)])

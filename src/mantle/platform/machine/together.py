@@ -29,16 +29,18 @@ def check(
     present: Mapping[ObjectId, Object],
     reserved: frozenset[str] = frozenset(),
     partial: bool = False,
+    unread: Iterable[Object] = (),
 ) -> list[Mistake]:
     """What does not fit together. `present`: objects that stay beside the new ones. `reserved`: namespaces that are
     not the user's.
 
-    `partial`: some objects of the files could not be read, so nothing is said about missing ones.
+    `partial`: some objects of the files could not be read, so nothing is said about missing ones. `unread`: those of
+    them whose names are known.
     """
     new = list(new)
     seen: dict[ObjectId, Object] = {}
     found: list[Mistake] = []
-    for item in new:
+    for item in [*new, *unread]:
         if first := seen.get(item.id):
             line = first.document.line(first.prefix) if first.document else 0
             found.append(

@@ -60,27 +60,39 @@ class Document:
 def read(file: str, text: str) -> tuple[list[Document], list[Mistake]]:
     """All documents of `text`, and what is wrong with it. Empty documents are left out.
 
-    A mistake in the syntax ends the reading (what follows cannot be trusted); duplicate keys do not.
+    A mistake in the syntax ends its document only: reading goes on at the next `---`, which no scalar can contain.
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         return [], [Mistake(file, 0, f"the file is larger than {MAX_BYTES // 1024} KiB", "split it into several files")]
+    composer = _Composer(file)
+    lines = text.split("\n")
+    start: int | None = 0
+    while start is not None:
+        start = _read_from(lines, start, composer)
+    return composer.documents, composer.mistakes
+
+
+def _read_from(lines: list[str], start: int, composer: _Composer) -> int | None:
+    """Reads from line `start` (from 0) on; where to go on after a mistake in the syntax, None if nowhere."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-    composer = _Composer(file)
+    file, composer.first = composer.file, start + 1
     try:
-        for event in YAML(typ="safe", pure=True).parse(text):
+        for event in YAML(typ="safe", pure=True).parse("\n".join(lines[start:])):
             composer.feed(event)
     except _TooMuch as stop:
         composer.mistakes.append(Mistake(file, stop.line, stop.message, stop.fix))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         words = " ".join(str(w) for w in (error.context, error.problem) if w)
-        line = mark.line + 1 if mark is not None else 0
-        composer.mistakes.append(Mistake(file, line, f"this is not YAML: {words}", _syntax_fix(text, line)))
+        line = mark.line + composer.first if mark is not None else 0
+        composer.mistakes.append(Mistake(file, line, f"this is not YAML: {words}", _syntax_fix(lines, line)))
+        behind = range(max(line - 1, start + 1), len(lines))
+        return next((n for n in behind if re.match(r"---(\s|\Z)", lines[n])), None)
     except (YAMLError, ValueError, RecursionError) as error:
         composer.mistakes.append(Mistake(file, 0, f"this is not YAML: {str(error).splitlines()[0]}"))
-    return composer.documents, composer.mistakes
+    return None
 
 
 class _TooMuch(Exception):
@@ -113,6 +125,8 @@ class _Open:
 class _Composer:
     def __init__(self, file: str) -> None:
         self.file = file
+        self.first = 1
+        """The line that the parser's first one is in the file."""
         self.documents: list[Document] = []
         self.mistakes: list[Mistake] = []
         self.stack: list[_Open] = []
@@ -122,7 +136,7 @@ class _Composer:
 
     def feed(self, event: Any) -> None:
         kind = type(event).__name__
-        line = event.start_mark.line + 1 if event.start_mark is not None else 0
+        line = event.start_mark.line + self.first if event.start_mark is not None else 0
         if kind == "DocumentStartEvent":
             self.anchors, self.root, self.stack = {}, None, []
         elif kind == "DocumentEndEvent":
@@ -260,8 +274,7 @@ def _spell(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _syntax_fix(text: str, line: int) -> str:
-    lines = text.splitlines()
+def _syntax_fix(lines: list[str], line: int) -> str:
     if 0 < line <= len(lines) and "\t" in lines[line - 1]:
         return "indent with spaces: YAML does not allow tabs"
     return "look at the indentation and quotes of this line and the one before it"
