@@ -75,8 +75,8 @@ def test_a_mistake_hides_no_other() -> None:
     words = ["unknown field", "'web' is used twice", "port 8080 is in use inside the pod", "it selects nothing"]
     assert [word in line for word, line in zip(words, lines, strict=True)] == [True] * 4, lines
     lines = said(DEPLOYMENT + "---\na: [1\n---\nb: c: d\n" + SERVICE + SERVICE.replace("port: 80", "port: 80000"))
-    words = ["15", "17"], ["not YAML", "not YAML", "the name is taken", "80000 is not between"]
-    assert [word in line for word, line in zip(words[1], lines, strict=True)] == [True] * 4, lines
+    words = ["15: this is not YAML", "16: this is not YAML", "80000 is not between", "the name is taken"]
+    assert [word in line for word, line in zip(words, lines, strict=True)] == [True] * 4, lines
     labels = said(DEPLOYMENT.replace("labels: {app: web}", "labels: {app: 5}") + SERVICE)
     assert len(labels) == 1 and "quote it" in labels[0], labels
 
