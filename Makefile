@@ -2,7 +2,7 @@
 PROFILE ?= release
 FOR ?=
 
-.PHONY: demo test install lint fmt gen bench wheels lock
+.PHONY: images demo test install lint fmt gen bench wheels lock
 
 demo: install
 	@.venv/bin/mantle demo $(if $(FOR),--for $(FOR))
@@ -28,6 +28,9 @@ bench: install
 
 wheels: install
 	@scripts/wheels.sh
+
+images: install
+	@.venv/bin/python images/build.py --profile $(PROFILE)
 
 lock: install
 	@scripts/lock.sh

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("src/**/*.py", "apps/**/*.py", "scripts/*.py", "tests/**/*.py", "bench/**/*.py", "proxy/**/*.rs")
+FOLDERS = ("src/**/*.py", "apps/**/*.py", "tests/**/*.py", "bench/**/*.py")
+SOURCES = (*FOLDERS, "scripts/*.py", "images/*.py", "proxy/**/*.rs")
 HARD_LIMIT = 600
 UNSAFE_ALLOWED = ("proxy/src/socket.rs", "proxy/src/redirect.rs", "proxy/src/redirect/", "proxy/src/main.rs")
 IMPURE = re.compile(

@@ -5,7 +5,6 @@
     cluster down                           stop it and remove every trace (the cache of binaries and images stays)
     cluster status                         what runs, and how much memory it takes
     cluster env                            shell lines: eval "$(cluster env)" gives KUBECONFIG and a matching kubectl
-    cluster image NAME --add SRC:DST ...   make an image from local files and load it (no image registry needed)
     cluster load-image ARCHIVE...          load docker-save or OCI archives
     cluster node CMD...                    run a command inside the node (ctr -n k8s.io c ls, iptables-save, ip a)
 
@@ -25,7 +24,6 @@ import fcntl
 import json
 import os
 import pathlib
-import shlex
 import shutil
 import signal
 import socket
@@ -56,7 +54,7 @@ from common import (
     say,
 )
 from config import commands, write_config
-from parts import PACKAGES, base_layer, bin_dir, install_packages, write_image
+from parts import PACKAGES, bin_dir, install_packages, without, write_pause
 
 # What kubelet insists on writing to kernel-wide settings. Shown to it as already set, so the host's stay untouched.
 FAKE_SYSCTLS = {
@@ -184,15 +182,13 @@ def up(args):
     if not args.api_only and not ROOT:
         die("pods need root; as another user, only `up --api-only` works")
     down(args, quiet=True)  # what a crash or a failed start may have left
-    install_packages({"openssl"} if args.api_only else set(PACKAGES) - {"mmdebstrap"})
+    install_packages({"openssl"} if args.api_only else set(PACKAGES))
     bins = bin_dir()
     begin = time.monotonic()
     plan = write_config(args.api_only, args.nftables, bins)
     argv = [sys.executable, __file__, "_supervise"]
     if not args.api_only:
-        write_image(
-            STATE / "pause.tar", "mantle.local/pause:1", None, [f"{bins}/pause:/pause"], {"Entrypoint": ["/pause"]}
-        )
+        write_pause(STATE / "pause.tar", bins / "pause")
         for d in cgroup_dirs():
             d.mkdir(exist_ok=True)
 
@@ -354,55 +350,30 @@ def env(args):
     )
 
 
-def image(args):
-    config = {"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", *args.env]}
-    given = {
-        "Entrypoint": shlex.split(args.entrypoint or ""),
-        "Cmd": shlex.split(args.cmd or ""),
-        "User": args.user,
-        "WorkingDir": args.workdir,
-    }
-    config.update({key: value for key, value in given.items() if value})
-    CACHE.mkdir(parents=True, exist_ok=True)
-    out = pathlib.Path(args.output or CACHE / f"image-{os.getpid()}.tar")
-    try:
-        known = "" if args.output else run(*node_argv("ctr", "-n", "k8s.io", "content", "ls", "-q"))
-        have = known.replace("sha256:", "").split()  # a base layer travels once
-        write_image(out, args.name, base_layer(args.base), args.add, config, have)
-        if not args.output:
-            load(out)
-    finally:
-        if not args.output:
-            out.unlink(missing_ok=True)
-    say(f"{args.name} {'written to ' + args.output if args.output else 'loaded'}")
-
-
 def load(*archives):
+    """Streams archives into the runtime, without what it has."""
     for a in archives:
-        with open(a, "rb") as f:
-            run(*node_argv("ctr", "-n", "k8s.io", "images", "import", "-"), stdin=f)
+        known = set(run(*node_argv("ctr", "-n", "k8s.io", "content", "ls", "-q")).replace("sha256:", "").split())
+        argv = node_argv("ctr", "-n", "k8s.io", "images", "import", "-")
+        p = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        with p.stdin:
+            without(a, known, p.stdin)
+        said = p.stdout.read().decode(errors="replace")
+        if p.wait():
+            die(f"{a} cannot be loaded: {said.strip()[-1000:]}")
+        say(f"{a} loaded")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in ("up", "down", "status", "env", "image", "load-image", "node", "build"):
+    for name in ("up", "down", "status", "env", "load-image", "node", "build"):
         s = sub.add_parser(name)
         if name == "up":
             s.add_argument(
                 "--api-only", action="store_true", help="etcd, kube-apiserver, kube-controller-manager; no root"
             )
             s.add_argument("--nftables", action="store_true", help="kube-proxy in nftables mode (default: iptables)")
-        elif name == "image":
-            s.add_argument("name", help="for example mantle/proxy:dev (never :latest, which is always pulled)")
-            s.add_argument(
-                "--base", default="debian", help="debian (default), scratch, or a root filesystem's tar file"
-            )
-            s.add_argument("--add", action="append", default=[], metavar="SRC:DST", help="file or directory to put in")
-            s.add_argument("--env", action="append", default=[], metavar="K=V")
-            for o in ("entrypoint", "cmd", "user", "workdir"):
-                s.add_argument("--" + o)
-            s.add_argument("--output", help="write the archive there instead of loading it")
         elif name in ("load-image", "node"):
             s.add_argument("rest", nargs=argparse.REMAINDER)
     if sys.argv[1:] == ["_supervise"]:
@@ -418,7 +389,7 @@ def main():
         CACHE.mkdir(parents=True, exist_ok=True)
         lock = open(CACHE / "cluster.lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX)
-    {"up": up, "down": down, "status": status, "env": env, "image": image}[args.command](args)
+    {"up": up, "down": down, "status": status, "env": env}[args.command](args)
     return None
 
 

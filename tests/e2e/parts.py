@@ -2,13 +2,15 @@
 
 import fcntl
 import hashlib
-import io
-import json
 import os
 import pathlib
 import shutil
+import sys
 import tarfile
+import tempfile
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "images"))
+import oci
 from common import CACHE, COMPONENTS, HERE, ROOT, VERSION, die, run, say
 
 # command that must exist -> Debian package that has it
@@ -21,10 +23,8 @@ PACKAGES = {
     "conntrack": "conntrack",
     "mount": "mount",
     "openssl": "openssl",
-    "mmdebstrap": "mmdebstrap",
     "/usr/lib/cni/ptp": "containernetworking-plugins",
 }
-BASE_PACKAGES = "python3 iptables nftables iproute2 procps curl ca-certificates"  # in the image base "debian"
 
 
 def install_packages(wanted):
@@ -82,114 +82,16 @@ def bin_dir():
     return done
 
 
-def base_layer(name):
-    """A root filesystem as a tar file, or None for an empty one."""
-    if name == "scratch":
-        return None
-    if name != "debian":
-        return pathlib.Path(name)
-    tar = CACHE / f"debian-{hashlib.sha256(BASE_PACKAGES.encode()).hexdigest()[:8]}.tar"
-    if not tar.exists():
-        install_packages({"mmdebstrap"})
-        say(f"making the base image from Debian packages: {BASE_PACKAGES}")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        suite = dict(l.split("=", 1) for l in open("/etc/os-release").read().split("\n") if "=" in l)[
-            "VERSION_CODENAME"
-        ]
-        tmp = tar.with_suffix(f".{os.getpid()}")
-        run(
-            "mmdebstrap",
-            "--variant=minbase",
-            "--format=tar",
-            "--include=" + BASE_PACKAGES.replace(" ", ","),
-            "--dpkgopt=path-exclude=/usr/share/man/*",
-            "--dpkgopt=path-exclude=/usr/share/doc/*",
-            "--dpkgopt=path-exclude=/usr/share/locale/*",
-            suite,
-            tmp,
-        )
-        tmp.rename(tar)
-    return tar
+def write_pause(out, program):
+    """The image that holds a pod's namespaces open."""
+    with tempfile.TemporaryDirectory() as scratch:
+        layer = oci.layer(pathlib.Path(scratch, "pause.tar"), {"/pause": program})
+        oci.archive(out, "mantle.local/pause:1", [layer], {"Entrypoint": ["/pause"]})
 
 
-def write_image(out, name, base, adds, config, have=()):
-    """Write an OCI archive: the base as one layer, the added files as another. Blobs in `have` are left out."""
-    blobs, layers, descriptor = (
-        {},
-        [],
-        lambda kind, digest, size, **more: {
-            "mediaType": f"application/vnd.oci.image.{kind}",
-            "digest": f"sha256:{digest}",
-            "size": size,
-            **more,
-        },
-    )
-
-    def blob(data):
-        digest = hashlib.sha256(data).hexdigest()
-        blobs[digest] = data
-        return digest, len(data)
-
-    if base:
-        with open(base, "rb") as f:
-            layers.append((hashlib.file_digest(f, "sha256").hexdigest(), os.path.getsize(base)))
-        blobs[layers[0][0]] = base
-    if adds:
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as t:
-
-            def root_owned(i):
-                i.uid = i.gid = 0
-                i.uname = i.gname = "root"
-                return i
-
-            for src, _, dst in (a.rpartition(":") for a in adds):
-                if not os.path.exists(src):
-                    die(f"image {name}: no such file: {src}")
-                t.add(os.path.realpath(src), dst.lstrip("/"), filter=root_owned)
-        layers.append(blob(buffer.getvalue()))
-    conf = blob(
-        json.dumps(
-            {
-                "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine],
-                "os": "linux",
-                "config": config,
-                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{d}" for d, _ in layers]},
-            }
-        ).encode()
-    )
-    manifest = blob(
-        json.dumps(
-            {
-                "schemaVersion": 2,
-                "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                "config": descriptor("config.v1+json", *conf),
-                "layers": [descriptor("layer.v1.tar", *l) for l in layers],
-            }
-        ).encode()
-    )
-    first = name.split("/")[0]  # the kubelet's runtime expands short names this way, so the stored name must be long
-    full = (
-        name
-        if "/" in name and ("." in first or ":" in first or first == "localhost")
-        else ("docker.io/" + ("" if "/" in name else "library/") + name)
-    )
-    files = {f"blobs/sha256/{d}": data for d, data in blobs.items() if d not in have} | {
-        "oci-layout": b'{"imageLayoutVersion":"1.0.0"}',
-        "index.json": json.dumps(
-            {
-                "schemaVersion": 2,
-                "manifests": [
-                    descriptor("manifest.v1+json", *manifest, annotations={"io.containerd.image.name": full})
-                ],
-            }
-        ).encode(),
-    }
-    with tarfile.open(out, "w") as t:
-        for path, data in files.items():
-            if isinstance(data, bytes):
-                info = tarfile.TarInfo(path)
-                info.size = len(data)
-                t.addfile(info, io.BytesIO(data))
-            else:
-                t.add(data, path)
+def without(archive, known, out):
+    """Copies an OCI archive without the blobs that the runtime has already: a base travels once."""
+    with tarfile.open(archive) as old, tarfile.open(fileobj=out, mode="w|") as new:
+        for member in old:
+            if member.name.rpartition("/")[2] not in known:
+                new.addfile(member, old.extractfile(member))
