@@ -133,6 +133,7 @@ class FakeClient:
 
     def __init__(self, mesh: str | None = None) -> None:
         self.socket_path = Path("/nowhere/api.sock")
+        self.mesh = mesh or "default"
 
     def get(self, path: str, **query: Any) -> Any:
         if path == "/v1/status":
@@ -193,6 +194,7 @@ def test_an_example_prints_what_the_page_shows(
     page: str, line: str, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine_client, "MachineClient", FakeClient)
+    monkeypatch.setattr(machine_client, "running_meshes", lambda _root: ["default"])
     monkeypatch.setattr(identity, "fetch", lambda *_: LIVE)
     monkeypatch.setattr(identity, "datetime", FixedClock)
     machine = checks.machine([], proxy="mantle-proxy", rootless=False, outside=True)

@@ -51,12 +51,12 @@ def world_of(*pods: Pod) -> Snapshot:
     ],
 )
 def test_what_a_target_means(kind: str, name: str, found: str) -> None:
-    assert " ".join(p.key.name for p in targets(world_of(*ALL), Target(kind, name, "emojivoto"))) == found
+    assert " ".join(p.key.name for p in targets(world_of(*ALL), TapQuery(Target(kind, name, "emojivoto")))) == found
 
 
 def test_an_ended_pod_is_no_target() -> None:
     ended = Pod(WEB1.key, WEB1.uid, WEB1.ip, "web", WEB1.owner, MESHED, phase="Succeeded")
-    assert targets(world_of(ended), Target("pod", "", "emojivoto")) == []
+    assert targets(world_of(ended), TapQuery(Target("pod", "", "emojivoto"))) == []
 
 
 @pytest.mark.parametrize(

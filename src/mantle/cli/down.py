@@ -23,7 +23,7 @@ _GONE_TIMEOUT = 10.0
 _LINKS_TIMEOUT = 3.0
 
 
-@mesh_command()
+@mesh_command(on_a_cluster="mantle uninstall | kubectl delete -f -")
 @click.option("--all", "every", is_flag=True, help="Every mesh of this user.")
 def command(flags: Globals, every: bool) -> int:
     """Stop a mesh and remove every trace of it: processes, namespaces, mounts, links, rules, files.

@@ -10,7 +10,8 @@ import click
 from mantle.cli.duration import seconds_of
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import json_text, left_table, write
-from mantle.cli.resource import parse
+from mantle.cli.resource import checked_selector, parse
+from mantle.cli.target import namespace_of, target
 
 KINDS = ("deployment", "job", "namespace", "pod")
 SECURED = "secured"
@@ -18,9 +19,8 @@ SECURED = "secured"
 
 @mesh_command()
 @click.argument("kind", nargs=-1, required=True, metavar="KIND")
-@click.option("-A", "--all-namespaces", is_flag=True, help="All namespaces instead of one.")
 @click.option("-t", "--time-window", default="5m", show_default=True, help="How far back, from 15s to 15m.")
-def command(flags: Globals, kind: tuple[str, ...], all_namespaces: bool, time_window: str) -> None:
+def command(flags: Globals, kind: tuple[str, ...], time_window: str) -> None:
     """Show who talks to whom, with both identities, or why not encrypted.
 
     An edge is shown if either end is in the namespace. MSG is - where every connection and request in the window was
@@ -33,11 +33,10 @@ def command(flags: Globals, kind: tuple[str, ...], all_namespaces: bool, time_wi
             f"edges cannot be returned for a specific resource name; remove {resource.name} from the query"
         )
     query: dict[str, str | int] = {"resource": resource.kind, "window": seconds_of(time_window)}
-    query |= {"all": 1} if all_namespaces else {"namespace": flags.namespace or "default"}
-    from mantle.cli.machine_client import MachineClient
-
-    rows = MachineClient(flags.mesh).get("/v1/viz/edges", **query)["edges"]
-    write(json_text(rows) if output == "json" else table(rows, wide=output == "wide", namespaces=all_namespaces))
+    query |= {"selector": selector} if (selector := checked_selector(flags)) else {}
+    mesh = target(flags, json=output == "json")
+    rows = mesh.views.get("edges", namespace_of(flags, mesh), **query)["edges"]
+    write(json_text(rows) if output == "json" else table(rows, wide=output == "wide", namespaces=flags.all_namespaces))
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, wide: bool = False, namespaces: bool = False) -> str:

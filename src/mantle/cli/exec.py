@@ -11,7 +11,7 @@ from mantle.cli.output import Failure
 from mantle.cli.podnames import choose_container, find_pod
 
 
-@mesh_command()
+@mesh_command(on_a_cluster="kubectl exec")
 @click.argument("pod", metavar="POD|deploy/NAME")
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="-- CMD [ARG…]")
 @click.option("-c", "--container", metavar="NAME", help="Which container (default: the application's first).")

@@ -17,7 +17,7 @@ from mantle.cli.podnames import choose_container, find_pod
 _FOLLOW_SECONDS = 0.2
 
 
-@mesh_command()
+@mesh_command(on_a_cluster="kubectl logs")
 @click.argument("pod", metavar="POD|deploy/NAME")
 @click.option("-c", "--container", metavar="NAME", help="Which container (default: the application's first).")
 @click.option("-f", "--follow", is_flag=True, help="Go on as it writes, until Ctrl-C or the end of the pod.")

@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 it failed, 2 it was called wrongly.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -52,6 +53,26 @@ class Globals:
     mesh: str | None = None
     output: str | None = None
     verbose: bool = False
+    context: str | None = None
+    kubeconfig: str | None = None
+    as_user: str | None = None
+    as_groups: tuple[str, ...] = ()
+    all_namespaces: bool = False
+    selector: str | None = None
+    mesh_from_environment: bool = False
+    """True if `mesh` is $MANTLE_MESH: a flag that names a cluster then outweighs it."""
+
+    @property
+    def cluster_flags(self) -> tuple[str, ...]:
+        """The flags given that mean a cluster, as they are written."""
+        given = {"--context": self.context, "--kubeconfig": self.kubeconfig, "--as": self.as_user}
+        return (*(name for name, value in given.items() if value is not None), *(["--as-group"] * bool(self.as_groups)))
+
+    def refuse_selection(self) -> None:
+        """For commands that name what they mean one by one. Raises a usage error for `-A` and `-l`."""
+        for given, name in ((self.all_namespaces, "--all-namespaces"), (self.selector is not None, "--selector")):
+            if given:
+                raise click.UsageError(f"{name} is not possible here")
 
     def output_of(self, *allowed: str) -> str:
         """The output format, one of `allowed`, of which the first is the default. Raises a usage error otherwise."""
@@ -62,11 +83,24 @@ class Globals:
         return self.output
 
 
-def mesh_command(name: str | None = None, **attrs: Any) -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a command of `mantle` from a function `(globals, …)`; `attrs` are those of `click.command`."""
+def mesh_command(
+    name: str | None = None, *, on_a_cluster: str = "", **attrs: Any
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of `mantle` from a function `(globals, …)`; `attrs` are those of `click.command`.
+
+    `on_a_cluster`: the command is for this machine only, and this is what does the same on a cluster.
+    """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        return click.command(name, cls=MeshCommand, **attrs)(click.pass_obj(function))
+        def run(flags: Globals, *args: Any, **kwargs: Any) -> Any:
+            if on_a_cluster and flags.cluster_flags:
+                raise click.UsageError(
+                    f"{flags.cluster_flags[0]}: this command is for a mesh on this machine; "
+                    f"on a cluster use `{on_a_cluster}`"
+                )
+            return function(flags, *args, **kwargs)
+
+        return click.command(name, cls=MeshCommand, **attrs)(click.pass_obj(functools.update_wrapper(run, function)))
 
     return decorate
 
@@ -131,29 +165,40 @@ def _global_options(*, top: bool = False) -> list[click.Option]:
     def store(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
         def callback(ctx: click.Context, param: click.Parameter, value: Any) -> None:
             flags = ctx.ensure_object(Globals)
-            if value is not None and value is not False:
+            if field == "as_groups":  # kubectl adds them up, wherever they stand
+                flags.as_groups += value
+            elif value is not None and value is not False:
                 setattr(flags, field, value)
+                if field == "mesh":
+                    source = ctx.get_parameter_source("mesh")
+                    flags.mesh_from_environment = source is click.core.ParameterSource.ENVIRONMENT
 
         return callback
 
     def option(field: str, *names: str, **attrs: Any) -> click.Option:
-        return click.Option(names, expose_value=False, callback=store(field), **attrs)
+        return click.Option([field, *names], expose_value=False, callback=store(field), **attrs)
 
     return [
         option("namespace", "-n", "--namespace", metavar="NAME", help="Namespace of the objects (default: default)."),
+        option("all_namespaces", "-A", "--all-namespaces", is_flag=True, help="All namespaces instead of one."),
+        option("selector", "-l", "--selector", metavar="LABELS", help="Only objects with these labels (a=b,c!=d)."),
         option(
             "mesh",
             "--mesh",
             metavar="NAME",
             envvar="MANTLE_MESH" if top else None,
-            help="Which mesh (default: the only one).",
+            help="Which mesh of this machine (default: the only one).",
         ),
+        option("context", "--context", metavar="NAME", help="Which cluster: a context of the kubeconfig."),
+        option("kubeconfig", "--kubeconfig", metavar="FILE", help="The kubeconfig (default: as kubectl)."),
+        option("as_user", "--as", metavar="USER", help="Ask the cluster as this user."),
+        option("as_groups", "--as-group", metavar="GROUP", multiple=True, help="Ask as this group, too."),
         option("output", "-o", "--output", type=click.Choice(OUTPUTS), help="Output format, where there are several."),
         option("verbose", "-v", "--verbose", is_flag=True, help="Say more, with a traceback if there is a bug."),
     ]
 
 
-GLOBAL_NAMES = frozenset({"namespace", "mesh", "output", "verbose"})
+GLOBAL_NAMES = frozenset(option.name for option in _global_options())
 
 
 def _format_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:

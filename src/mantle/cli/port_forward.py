@@ -18,7 +18,7 @@ from mantle.cli.podnames import find_port
 Dial = Callable[[], socket.socket]
 
 
-@mesh_command()
+@mesh_command(on_a_cluster="kubectl port-forward")
 @click.argument("target", metavar="POD|deploy/NAME|svc/NAME")
 @click.argument("ports", nargs=-1, required=True, metavar="[LOCAL:]PORT…")
 @click.option("--address", default="127.0.0.1", show_default=True, help="Where to listen on this machine.")

@@ -13,22 +13,23 @@ from mantle.cli.output import json_text, left_table, write
 WIDE = ("IP", "SERVICE ACCOUNT", "UID")
 
 
-@mesh_command()
+@mesh_command(on_a_cluster="kubectl get pods")
 @click.option("--no-control-plane", is_flag=True, help="Leave Mantle's own pods out.")
 def command(flags: Globals, no_control_plane: bool) -> None:
     """List the pods of a mesh, of every namespace unless -n names one."""
     output = flags.output_of("table", "wide", "json")
+    namespace = None if flags.all_namespaces else flags.namespace
     from mantle.cli.machine_client import MachineClient
 
     status = MachineClient(flags.mesh).get("/v1/status")
-    pods = [p for p in status["pods"] if flags.namespace in (None, p["namespace"])]
+    pods = [p for p in status["pods"] if namespace in (None, p["namespace"])]
     if no_control_plane:
         pods = [p for p in pods if p["namespace"] != "mantle"]
     if output == "json":
         write(json_text({**status, "pods": pods}))
         return
     if not pods:
-        where = f" in namespace {flags.namespace}" if flags.namespace else ""
+        where = f" in namespace {namespace}" if namespace else ""
         click.echo(f"no pods{where} in mesh {status['mesh']}", err=True)
         return
     header = ["NAMESPACE", "NAME", "READY", "STATUS", "RESTARTS", "AGE", "MESHED", *(WIDE if output == "wide" else ())]

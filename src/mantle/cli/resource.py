@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 import click
 
+from mantle.cli.main import Globals
+from mantle.core.selector import BadSelector
+from mantle.core.selector import parse as parse_selector
+
 ALIASES: dict[str, tuple[str, ...]] = {
     "authority": ("authorities", "au"),
     "deployment": ("deployments", "deploy"),
@@ -62,6 +66,14 @@ def kind_of(word: str, allowed: Sequence[str]) -> str:
     if kind not in allowed:
         raise click.UsageError(f"resource type is not supported here: {kind}; use one of {_list(allowed)}")
     return kind
+
+
+def checked_selector(flags: Globals) -> str:
+    """What `-l` says, empty if it was not given. Raises `click.UsageError` if it is no selector."""
+    text = flags.selector or ""
+    if isinstance(parsed := parse_selector(text), BadSelector):
+        raise click.UsageError(f"--selector: {parsed}")
+    return text
 
 
 def _list(kinds: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ import click
 from mantle.cli.duration import seconds_of
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import json_text, right_table, write
-from mantle.cli.resource import kind_of, parse
+from mantle.cli.resource import checked_selector, kind_of, parse
+from mantle.cli.target import target as target_of
 
 KINDS = ("authority", "deployment", "job", "namespace", "pod", "service")
 MIN_WINDOW_SECONDS = 15
@@ -18,7 +19,6 @@ MIN_WINDOW_SECONDS = 15
 
 @mesh_command()
 @click.argument("resource", nargs=-1, required=True, metavar="KIND[/NAME]")
-@click.option("-A", "--all-namespaces", is_flag=True, help="All namespaces instead of one.")
 @click.option("-t", "--time-window", default="1m", show_default=True, help="How far back, from 15s to 15m.")
 @click.option("--to", metavar="KIND/NAME", help="Only what the resources send to this one.")
 @click.option("--to-namespace", metavar="NAME", help="Namespace of --to (default: that of the resource).")
@@ -28,7 +28,6 @@ MIN_WINDOW_SECONDS = 15
 def command(
     flags: Globals,
     resource: tuple[str, ...],
-    all_namespaces: bool,
     time_window: str,
     to: str | None,
     to_namespace: str | None,
@@ -48,18 +47,17 @@ def command(
         raise click.UsageError("metrics time window needs to be at least 15s")
     if to and from_:
         raise click.UsageError("--to and --from exclude each other")
-    namespace = flags.namespace or "default"
-    # Namespaces are not in a namespace: without -n, all of them are meant.
-    all_namespaces = all_namespaces or (target.kind == "namespace" and not flags.namespace)
     query: dict[str, str | int] = {"resource": target.kind, "window": window, "name": target.name}
-    query |= {"all": 1} if all_namespaces else {"namespace": namespace}
+    query |= {"selector": selector} if (selector := checked_selector(flags)) else {}
+    mesh = target_of(flags, json=output == "json")
+    # Namespaces are not in a namespace: without -n, all of them are meant.
+    all_namespaces = flags.all_namespaces or (target.kind == "namespace" and not flags.namespace)
+    namespace = flags.namespace or mesh.default_namespace
     for flag, value, value_namespace in (("to", to, to_namespace), ("from", from_, from_namespace)):
         if value:
             kind, slash, name = value.partition("/")
             query |= {flag: kind_of(kind, KINDS) + slash + name, f"{flag}_namespace": value_namespace or namespace}
-    from mantle.cli.machine_client import MachineClient
-
-    rows = MachineClient(flags.mesh).get("/v1/viz/stat", **query)["rows"]
+    rows = mesh.views.get("stat", None if all_namespaces else namespace, **query)["rows"]
     if not unmeshed:
         rows = [row for row in rows if row["meshed"] is None or not row["meshed"].startswith("0/")]
     column = all_namespaces and target.kind != "namespace"

@@ -14,7 +14,8 @@ import click
 
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import escape, json_line, write
-from mantle.cli.resource import Resource, parse
+from mantle.cli.resource import Resource, checked_selector, parse
+from mantle.cli.target import target as target_of
 
 KINDS = ("deployment", "job", "namespace", "pod", "service")
 
@@ -56,9 +57,12 @@ def command(
     """
     output = flags.output_of("table", "wide", "json")
     target = parse(resource, KINDS)
-    namespace = flags.namespace or "default"
+    selector = checked_selector(flags)
+    if flags.all_namespaces:
+        raise click.UsageError("--all-namespaces is not possible here: tap watches one namespace; name it with -n")
+    mesh = target_of(flags, json=output == "json")
+    namespace = flags.namespace or mesh.default_namespace
     body = {
-        "target": _object(target, namespace),
         "to": None if to is None and to_namespace is None else _to(to, to_namespace or namespace),
         "method": method,
         "path": path,
@@ -66,11 +70,10 @@ def command(
         "scheme": scheme,
         "max_rps": max_rps,
         "headers": output == "json",
+        **({"selector": selector} if selector else {}),
     }
-    from mantle.cli.machine_client import MachineClient
-
     try:
-        for event in MachineClient(flags.mesh).stream("/v1/viz/tap", body):
+        for event in mesh.views.tap(_object(target, namespace), body):
             if notice := event.get("notice"):
                 sys.stderr.write(f"warning: {escape(notice['pod'])}: {escape(notice['message'])}\n")
             else:

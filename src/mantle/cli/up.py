@@ -16,7 +16,7 @@ from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Failure
 
 
-@mesh_command()
+@mesh_command(on_a_cluster="kubectl apply -f FILE")
 @click.argument("files", nargs=-1, required=True, metavar="FILE…")
 @click.option("-d", "--detach", is_flag=True, help="Return when everything is ready, and leave the mesh running.")
 @click.option(

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from mantle.viz import edges, stat, tap, tap_events
+from mantle.core.selector import EVERYTHING, BadSelector, Selector
+from mantle.core.selector import parse as parse_selector
+from mantle.viz import edges, selected, stat, tap, tap_events
 from mantle.viz.scrape import Health
 from mantle.viz.source import MetricsSource
 from mantle.viz.world import World
@@ -60,9 +62,11 @@ class Api:
         kind = fields.one_of("resource", edges.KINDS, default="deployment")
         namespace = fields.namespace()
         window = fields.window(EDGES_WINDOW_SECONDS)
+        labels = fields.selector()
         fields.done()
-        traffic = await self._source.traffic(window)
-        rows = edges.edge_rows(traffic, self._world.addresses, edges.EdgeQuery(kind, namespace))
+        addresses = self._world.addresses
+        traffic = selected.with_an_end(await self._source.traffic(window), addresses.pods, labels)
+        rows = edges.edge_rows(traffic, addresses, edges.EdgeQuery(kind, namespace))
         return web.json_response({"edges": rows, "window_seconds": traffic.seconds})
 
     async def stat(self, request: web.Request) -> web.Response:
@@ -73,12 +77,12 @@ class Api:
         to, from_ = (_peer(fields, name, namespace or "default") for name in ("to", "from"))
         if to and from_:
             fields.wrong("to and from exclude each other", "leave one of them out")
+        labels = fields.selector()
         fields.done()
         query = stat.StatQuery(kind, namespace, request.query.get("name", ""), to, from_)
-        traffic = await self._source.traffic(window)
-        return web.json_response(
-            {"rows": stat.stat_rows(traffic, self._world.snapshot, query), "window_seconds": traffic.seconds}
-        )
+        traffic = selected.measured_at(await self._source.traffic(window), self._world.addresses.pods, labels)
+        rows = stat.stat_rows(traffic, selected.snapshot_of(self._world.snapshot, labels), query)
+        return web.json_response({"rows": rows, "window_seconds": traffic.seconds})
 
     async def summary(self, request: web.Request) -> web.Response:
         """What `check` and `demo` ask: every edge by its worst state, and how scraping goes."""
@@ -164,6 +168,13 @@ class _Fields:
             )
         return value
 
+    def selector(self) -> Selector:
+        found = parse_selector(self.text("selector"))
+        if isinstance(found, BadSelector):
+            self.wrong(str(found), "give -l another selector")
+            return EVERYTHING
+        return found
+
     def done(self) -> None:
         """Raises `BadRequest` if anything was wrong."""
         if self._mistakes:
@@ -220,6 +231,10 @@ def _tap_query(body: Mapping[str, Any]) -> tap_events.TapQuery:
         mistakes.append((f"max_rps is {max_rps!r}", "send a number above 0"))
         max_rps = tap_events.DEFAULT_MAX_RPS
     of, to = target("target"), target("to")
+    labels = parse_selector(text("selector"))
+    if isinstance(labels, BadSelector):
+        mistakes.append((str(labels), "give -l another selector"))
+        labels = EVERYTHING
     query = tap_events.TapQuery(
         target=of or tap_events.Target("", "", ""),
         to=to,
@@ -229,6 +244,7 @@ def _tap_query(body: Mapping[str, Any]) -> tap_events.TapQuery:
         scheme=text("scheme"),
         max_rps=float(max_rps),
         headers=bool(body.get("headers")),
+        selector=labels,
     )
     if mistakes:
         raise BadRequest(mistakes)

@@ -47,7 +47,7 @@ class NothingToTap(Exception):
 def choose(world: World, query: TapQuery) -> list[Pod]:
     """The meshed pods to watch. Raises `NothingToTap` if there is none, with the reason."""
     snapshot = world.snapshot
-    pods = targets(snapshot, query.target)
+    pods = targets(snapshot, query)
     meshed = [pod for pod in pods if is_meshed(pod)]
     watched = [pod for pod in meshed if pod.key != world.own]
     if watched:
@@ -63,7 +63,8 @@ def choose(world: World, query: TapQuery) -> list[Pod]:
         )
     known = sorted({pod.key.namespace for pod in snapshot.pods.values()})
     raise NothingToTap(
-        f"no pods to tap for type={query.target.kind} name={query.target.name} in {where}",
+        f"no pods to tap for type={query.target.kind} name={query.target.name} in {where}"
+        + (" with the labels of -l" if query.selector else ""),
         f"choose the namespace with -n; namespaces with pods: {', '.join(known) or 'none'}",
     )
 
@@ -89,7 +90,7 @@ async def _manage(
     snapshot: Snapshot | None = None
     while True:
         snapshot = await world.after(snapshot)
-        pods = {pod.uid: pod for pod in targets(snapshot, query.target) if _can_be_watched(pod, world)}
+        pods = {pod.uid: pod for pod in targets(snapshot, query) if _can_be_watched(pod, world)}
         for uid in following.keys() - pods.keys():
             following.pop(uid).cancel()
         for uid in pods.keys() - following.keys():

@@ -15,6 +15,7 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from mantle.core.model import Pod, Snapshot
+from mantle.core.selector import EVERYTHING, Selector
 from mantle.gen.io.linkerd.proxy import http_types_pb2, net_pb2, tap_pb2
 from mantle.viz.mesh import CONTROL_PLANE_LABEL, pods_of
 from mantle.viz.source import reason_word
@@ -51,11 +52,15 @@ class TapQuery:
     scheme: str = ""
     max_rps: float = DEFAULT_MAX_RPS
     headers: bool = False
+    selector: Selector = EVERYTHING
+    """Only pods with these labels are watched."""
 
 
-def targets(snapshot: Snapshot, target: Target) -> list[Pod]:
-    """The pods that a target means now, meshed or not."""
-    return [pod for pod in pods_of(snapshot, target.kind, target.name, target.namespace) if pod.ip]
+def targets(snapshot: Snapshot, query: TapQuery) -> list[Pod]:
+    """The pods that a query means now, meshed or not."""
+    target = query.target
+    pods = pods_of(snapshot, target.kind, target.name, target.namespace)
+    return [pod for pod in pods if pod.ip and query.selector.matches(pod.labels)]
 
 
 def limit_per_pod(max_rps: float, pods: int) -> int:
