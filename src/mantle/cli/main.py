@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("mantle.cli.logs:command", "Print the logs of a pod."),
     "exec": ("mantle.cli.exec:command", "Run a program inside a pod."),
     "port-forward": ("mantle.cli.port_forward:command", "Reach a port of a pod or service from this machine."),
+    "install": ("mantle.cli.install:command", "Print the control plane as Kubernetes YAML."),
     "inject": ("mantle.cli.inject:command", "Add the mesh to Kubernetes YAML."),
     "tap": ("mantle.cli.tap:command", "Watch requests as they happen, with their TLS state."),
     "edges": ("mantle.cli.edges:command", "Show who talks to whom, with both identities, or why not encrypted."),

@@ -192,7 +192,7 @@ def load_issuer(issuer_pem: bytes, key_pem: bytes, roots_pem: bytes) -> Issuer |
         return _unusable("an issuer key that is not the certificate's", "the key the certificate was made for", fix)
     if not _is_ca(leaf_signer):
         return _unusable(f"{_subject(leaf_signer)}, which is not a CA", "a certificate with CA:TRUE", fix)
-    path = _path_to_root(chain, roots)
+    path = path_to_root(chain, roots)
     if isinstance(path, Refusal):
         return path
     return Issuer(
@@ -437,7 +437,7 @@ def _name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:_MAX_COMMON_NAME])])
 
 
-def _path_to_root(
+def path_to_root(
     chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate]
 ) -> list[x509.Certificate] | Refusal:
     """The certificates from the issuer up to a trust root, that root included."""

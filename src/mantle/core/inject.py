@@ -96,6 +96,7 @@ def inject_pod(
     if reasons:
         return Skipped(reasons)
     config, mistakes = read_config(own, inherited)
+    config = Config({**values.defaults, **config.values}, config.inherited)
     mistakes += _uid_mistakes(spec, config.get("proxy-uid", values.proxy_uid)) if values.mark is None else ()
     if mistakes:
         return Refused(mistakes)
@@ -112,7 +113,8 @@ def inject_pod(
     )
     opaque = opaque_ports(spec, config)
     sidecar = _sidecar(config, values, environment(config, values, subject, opaque))
-    _add_containers(spec, _init_container(config, values), sidecar, config, component)
+    init = _init_container(config, values, values.api_server if component else "")
+    _add_containers(spec, init, sidecar, config, component)
     if config.get("enable-debug-sidecar", False):
         spec["containers"].append(_debug_container(config, values))
     spec["volumes"] = [*(spec.get("volumes") or []), *_volumes(values)]
@@ -203,8 +205,8 @@ def _uid_mistakes(spec: Mapping[str, Any], proxy_uid: int) -> tuple[Mistake, ...
     )
 
 
-def _init_container(config: Config, values: Values) -> Object:
-    """Installs the redirect; its one capability is what that takes."""
+def _init_container(config: Config, values: Values, beside: str) -> Object:
+    """Installs the redirect; its one capability is what that takes. `beside`: networks that are not redirected."""
     admin, control = config.get("admin-port", 4191), config.get("control-port", 4190)
     skip_in = ",".join(filter(None, (f"{control},{admin}", config.get("skip-inbound-ports"))))
     args = ["redirect", "install"]
@@ -217,7 +219,7 @@ def _init_container(config: Config, values: Values) -> Object:
     args += ["--skip-inbound-ports", skip_in]
     if skip_out := config.get("skip-outbound-ports"):
         args += ["--skip-outbound-ports", skip_out]
-    if subnets := config.get("skip-subnets"):
+    if subnets := ",".join(filter(None, (beside, config.get("skip-subnets")))):
         args += ["--skip-subnets", subnets]
     return {
         "name": INIT,

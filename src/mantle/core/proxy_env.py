@@ -43,6 +43,10 @@ class Values:
     log: str = "warn,mantle=info"
     proxy_env: Mapping[str, str] = field(default_factory=dict)
     """More for every proxy, unprefixed (`IDENTITY_MIN_REFRESH`: `1s`); only `proxy-additional-env` wins over them."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The mesh's own defaults of `config.mantle.dev/` settings, parsed: a namespace's and a pod's win over them."""
+    api_server: str = ""
+    """Networks of the API server, which the control plane's own pods reach past their proxy."""
 
 
 @dataclass(frozen=True, slots=True)

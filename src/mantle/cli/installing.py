@@ -1,0 +1,161 @@
+"""What `install` and `upgrade` share: the flags that are values, and reading them with every mistake at once.
+
+Later wins: what the mesh was installed with (`upgrade`), files in order, `--set` in order, then the flags with a name
+of their own. Asks no cluster.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mantle.cli.output import Failure, Problem
+
+TRUST_FILES = (
+    ("--identity-trust-anchors-file", "The trust roots to install with (PEM)."),
+    ("--identity-issuer-certificate-file", "The issuer's certificate, intermediates after it (PEM)."),
+    ("--identity-issuer-key-file", "The issuer's private key (PEM, P-256)."),
+)
+
+
+def value_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that set values."""
+    for option in reversed(
+        (
+            click.option(
+                "-f", "--values", "files", metavar="FILE", multiple=True, help="Values from YAML; repeatable."
+            ),
+            click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="One value, as a.b=c; repeatable."),
+            click.option("--ha", is_flag=True, help="Three pods of everything, with disruption budgets."),
+            click.option("--registry", metavar="NAME", help="Registry, with path, that stands before every image."),
+            click.option(
+                "--tls", type=click.Choice(["required", "optional"]), help="optional: the experimental mode, weaker."
+            ),
+            click.option("--identity-trust-domain", metavar="NAME", help="What identities end in (cluster.local)."),
+            click.option(
+                "--identity-issuance-lifetime", metavar="DURATION", help="How long a certificate lasts (24h)."
+            ),
+            click.option("--identity-clock-skew-allowance", metavar="DURATION", help="Added at both its ends (20s)."),
+            click.option("--identity-external-issuer", is_flag=True, help="Somebody else makes the issuer's Secret."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+FLAGS: Mapping[str, str] = {
+    "ha": "ha",
+    "registry": "registry",
+    "tls": "tls",
+    "identity_trust_domain": "trustDomain",
+    "identity_issuance_lifetime": "identity.issuanceLifetime",
+    "identity_clock_skew_allowance": "identity.clockSkewAllowance",
+    "identity_external_issuer": "identity.externalIssuer",
+}
+"""Flags (parameter names) that are values, with their path."""
+
+
+def given_values(
+    stored: Mapping[str, Any],
+    files: Sequence[str],
+    sets: Sequence[str],
+    flags: Mapping[str, Any],
+    namespace: str | None,
+) -> dict[str, Any]:
+    """Everything that was given, as one nested mapping. Raises `Failure` for what cannot be read at all."""
+    from mantle.manifests.config import merge, put
+
+    problems: list[Problem] = []
+    result = dict(stored)
+    for name in files:
+        content = read_values(name, problems)
+        result = merge(result, content)
+    for text in sets:
+        for path, value in parse_set(text, problems):
+            result = merge(result, {})  # sections of files are not changed in place
+            put(result, path, value)
+    for parameter, path in FLAGS.items():
+        if flags.get(parameter) not in (None, False):
+            put(result, path, flags[parameter])
+    if namespace is not None:
+        put(result, "controlNamespace", namespace)
+    if problems:
+        raise Failure.of(problems)
+    return result
+
+
+def read_values(name: str, problems: list[Problem]) -> dict[str, Any]:
+    """A values file: one YAML mapping. What is wrong with it goes to `problems`."""
+    import sys
+
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    fix = "give --values a YAML file such as:  proxy: {logLevel: debug}"
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        content = YAML(typ="safe", pure=True).load(text)
+    except OSError as error:
+        problems.append(Problem(f"cannot read {name}: {error.strerror}", fix))
+        return {}
+    except (YAMLError, UnicodeDecodeError) as error:
+        problems.append(Problem(f"{name} is not YAML: {' '.join(str(error).split())}", fix))
+        return {}
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        problems.append(Problem(f"{name}: found {type(content).__name__}, wanted names with values", fix))
+        return {}
+    return content
+
+
+def parse_set(text: str, problems: list[Problem]) -> list[tuple[str, Any]]:
+    """`a.b=c,d={1,2}` as paths and values. A comma in a value is `\\,`, or just a comma where no `name=` follows it."""
+    pairs: list[tuple[str, str]] = []
+    for part in re.split(r"(?<!\\),(?![^{]*\})", text):
+        name, equals, value = part.partition("=")
+        if equals and re.fullmatch(r"[A-Za-z][A-Za-z0-9.]*", name.strip()):
+            pairs.append((name.strip(), value))
+        elif pairs and not equals:
+            pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]},{part}")
+        else:
+            problems.append(Problem(f"--set {part!r} is not KEY=VALUE", "write --set proxy.logLevel=debug"))
+    return [(name, _set_value(value)) for name, value in pairs]
+
+
+def _set_value(text: str) -> Any:
+    plain = text.replace("\\,", ",")
+    if plain.startswith("{") and plain.endswith("}"):
+        return [item.strip() for item in plain[1:-1].split(",") if item.strip()]
+    return plain
+
+
+def checked_values(given: Mapping[str, Any]) -> Any:
+    """The `InstallValues` of a nested mapping; a `Failure` with every mistake, each with what is accepted."""
+    from mantle.manifests.config import BadValues, load
+
+    try:
+        return load(given)
+    except BadValues as bad:
+        raise Failure.of(
+            [Problem(f"value {fault.path}: found {fault.found}", f"use {fault.accepted}") for fault in bad.faults]
+        ) from bad
+
+
+def read_trust_files(names: Sequence[str | None]) -> list[bytes | None]:
+    """The contents of the files of `TRUST_FILES` that were named; a `Failure` with all that cannot be read."""
+    problems: list[Problem] = []
+    contents: list[bytes | None] = []
+    for (flag, _), name in zip(TRUST_FILES, names, strict=True):
+        try:
+            contents.append(Path(name).read_bytes() if name else None)
+        except OSError as error:
+            problems.append(Problem(f"{flag}: cannot read {name}: {error.strerror}", "name a PEM file"))
+            contents.append(None)
+    if problems:
+        raise Failure.of(problems)
+    return contents
