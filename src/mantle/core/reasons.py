@@ -245,3 +245,31 @@ class Unproven(StrEnum):
     """Mesh TLS, but the client showed no certificate."""
     DISABLED = "disabled"
     """A proxy without identity (linkerd2-proxy only)."""
+
+
+@unique
+class WatchEnded(StrEnum):
+    """Why following the API server's objects stopped for a moment."""
+
+    IN_TIME = "in_time"
+    """The server ended a watch when it was asked to: no trouble."""
+    TOO_SHORT = "too_short"
+    """The watch ended at once and brought nothing."""
+    GONE = "gone"
+    """The version to go on from is too old: everything is listed again."""
+    THROTTLED = "throttled"
+    """The server asked for fewer requests."""
+    SERVER_ERROR = "server_error"
+    """The server could not answer."""
+    UNREACHABLE = "unreachable"
+    """No connection to the server."""
+    SILENT = "silent"
+    """Nothing came for longer than the server may be quiet: the connection's other end is gone."""
+    CUT = "cut"
+    """The connection broke."""
+    FORBIDDEN = "forbidden"
+    """The service account may not list and watch these objects."""
+    NOT_FOUND = "not_found"
+    """The server does not serve this kind."""
+    UNREADABLE = "unreadable"
+    """An answer that is not what Kubernetes documents."""
