@@ -46,7 +46,7 @@ class Program:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(timeout=10)
+        code = self.process.wait(timeout=60)
         assert self.process.stdout
         self.process.stdout.close()
         return code
@@ -83,7 +83,7 @@ def urls() -> Iterator[Urls]:
 def get(url: str) -> tuple[int, str, str]:
     """(status, content type, body)"""
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             return response.status, response.headers.get_content_type(), response.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -130,12 +130,12 @@ def test_the_page_is_self_contained(urls: Urls):
 def test_the_bot_says_host_and_port_keeps_its_connection_and_says_what_it_votes_for():
     heard: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(10)
+        server.settimeout(60)
         port = server.getsockname()[1]
         bot = Program("vote-bot", WEB_HOST=f"127.0.0.1:{port}", HOST_OVERRIDE="web-svc.emojivoto:80", REQUEST_RATE="50")
         connection, _ = server.accept()
         with connection:
-            connection.settimeout(10)
+            connection.settimeout(60)
             for body in (b'[{"shortcode": ":doughnut:"}]', b"", b'[{"shortcode": ":doughnut:"}]'):
                 request = b""
                 while not request.endswith(b"\r\n\r\n"):

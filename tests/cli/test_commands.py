@@ -198,7 +198,7 @@ def test_ctrl_c_ends_a_tap_without_a_word(tmp_path: Path) -> None:
             assert tap.stdout is not None
             assert tap.stdout.readline().startswith("req id=0:1 proxy=in  src=")  # though the stream has not ended
             tap.send_signal(signal.SIGINT)
-            rest, errors = tap.communicate(timeout=20)
+            rest, errors = tap.communicate(timeout=60)
         server.shutdown()
         thread.join()
     assert (tap.returncode, rest, errors) == (0, "", "mesh default on this machine\n")

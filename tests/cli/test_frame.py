@@ -59,7 +59,7 @@ def test_the_mesh_may_come_from_the_environment(probe: list[Globals], monkeypatc
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mantle", *words], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-m", "mantle", *words], capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -102,7 +102,7 @@ def test_nothing_heavy_is_imported_to_start(words: list[str]) -> None:
     program = f"import sys; sys.argv[1:] = {words!r}\nfrom mantle.cli.main import main\n"
     program += "try: main()\nexcept SystemExit: pass\n"
     program += "print('|'.join(sys.modules), file=sys.stderr)"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     loaded = {name.partition(".")[0] for name in ended.stderr.split("|")}
     assert loaded.isdisjoint({"grpc", "aiohttp", "rich", "cryptography", "asyncio", "ruamel", "google", "http"})
 
@@ -117,7 +117,7 @@ def test_completion_scripts_call_the_program(shell: str) -> None:
 def test_completion_completes_commands() -> None:
     environment = {"_MANTLE_COMPLETE": "bash_complete", "COMP_WORDS": "mantle ve", "COMP_CWORD": "1"}
     ended = subprocess.run(
-        [sys.executable, "-m", "mantle"], capture_output=True, text=True, timeout=30, check=False, env=_env(environment)
+        [sys.executable, "-m", "mantle"], capture_output=True, text=True, timeout=60, check=False, env=_env(environment)
     )
     assert ended.stdout == "plain,version\n"
 

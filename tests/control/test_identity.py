@@ -69,7 +69,7 @@ class Identity:
         """Asks as web's proxy; our sidecar names the address. `address=None`: over loopback, nobody names one."""
         fields = {"identity": WEB, "token": b"web's", "certificate_signing_request": CSR} | changes
         metadata = (("mantle-client-addr", address),) if address is not None else ()
-        answer: pb.CertifyResponse = await self.call(pb.CertifyRequest(**fields), metadata=metadata, timeout=5)
+        answer: pb.CertifyResponse = await self.call(pb.CertifyRequest(**fields), metadata=metadata, timeout=60)
         return answer
 
     def counted(self, result: str) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine_play import ASK, ECHO, IDLE, PATIENCE, PYTHON, python
 
 from mantle.platform.machine import client, direct
 from mantle.platform.machine import namespaces as ns
@@ -32,41 +33,11 @@ from mantle.platform.machine.spec import (
     PodSpec,
     PodStatus,
     Restart,
-    Role,
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PYTHON = os.path.realpath(sys.executable)
 REACHABLE = tuple(sorted({sys.base_prefix, sys.prefix, str(ROOT)}))
 """What the programs of tests need of a host on which the checkout may lie in a private directory."""
-
-ECHO = """
-import socket, threading
-name = socket.gethostname()
-def udp():
-    u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(("", 8080))
-    while True:
-        _, peer = u.recvfrom(100); u.sendto(name.encode(), peer)
-threading.Thread(target=udp, daemon=True).start()
-s = socket.create_server(("", 8080))
-print("ready")
-while True:
-    c, peer = s.accept(); c.sendall((name + " " + peer[0]).encode()); c.close()
-"""
-"""Answers on port 8080: over TCP its name and the peer's address, over UDP its name."""
-ASK = """
-import os, socket, sys
-def tcp(ip, port=8080):
-    try:
-        with socket.create_connection((ip, port), 3) as c: return c.recv(100).decode()
-    except OSError as e: return type(e).__name__ + " " + str(e.errno)
-def udp(ip, port=8080):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as u:
-        u.settimeout(3); u.connect((ip, port)); u.send(b"?")
-        try: return u.recv(100).decode()
-        except OSError as e: return type(e).__name__ + " " + str(e.errno)
-"""
-IDLE = "import signal; print('ready'); signal.sigwait([signal.SIGTERM])"
 
 
 @dataclass
@@ -104,7 +75,7 @@ class Mesh:
 
     async def ask(self, uid: str, code: str, container: str = "app") -> str:
         """What Python code prints in the container; `tcp` and `udp` of ASK are at hand."""
-        done = await self.pod(uid).probe(container, [PYTHON, "-c", ASK + code], 30)
+        done = await self.pod(uid).probe(container, [PYTHON, "-c", ASK + code], PATIENCE)
         assert done.exit_code == 0, done
         return done.output
 
@@ -248,18 +219,6 @@ def root_host() -> Host:
 def user_host() -> Host:
     _needs_root()
     return Host(12345)
-
-
-def python(name: str, code: str, **more: Any) -> ContainerSpec:
-    """A container that runs Python code."""
-    more.setdefault("role", Role.APP)
-    env = {"PYTHONUNBUFFERED": "1", "PATH": "/usr/bin:/bin", **more.pop("env", {})}
-    return ContainerSpec(name, argv=(PYTHON, "-c", code), env=env, **more)
-
-
-@pytest.fixture(name="python")
-def _python() -> Callable[..., ContainerSpec]:
-    return python
 
 
 @pytest.fixture

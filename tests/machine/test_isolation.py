@@ -4,22 +4,19 @@
 # ruff: noqa: E501
 
 import json
-import os
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from machine_play import PATIENCE, PYTHON, python
 
 from mantle.platform.machine.spec import ContainerSpec, MountSpec, ProbeSpec, Restart, Role
 
 pytestmark = [pytest.mark.root, pytest.mark.mesh]
 
-Python = Callable[..., ContainerSpec]
 A, B = "10.203.0.5", "10.203.0.6"
-PYTHON = os.path.realpath(sys.executable)
 SRC = str(Path(__file__).resolve().parent.parent.parent / "src")
 TOKEN = "/var/run/secrets/mantle/token"
 
@@ -132,7 +129,7 @@ def refused(host: Any) -> dict[str, str]:
     return REFUSED | ({"root": "EINVAL", "proxy's uid": "EINVAL"} if host.rootless else {})
 
 
-def meshed(python: Python, mesh: Any, host: Any, mantle_proxy: Path, app: ContainerSpec) -> tuple[ContainerSpec, ...]:
+def meshed(mesh: Any, host: Any, mantle_proxy: Path, app: ContainerSpec) -> tuple[ContainerSpec, ...]:
     """A pod as injection makes it: the redirect, a stand-in for the proxy with the token, the application."""
     exempt = ("--proxy-mark", "0x6d") if host.rootless else ("--proxy-uid", "2102")
     argv = (str(mantle_proxy), "redirect", "install", *exempt)
@@ -175,14 +172,14 @@ while True:
     peer, _ = admin.accept()
     with socket.socket() as direct:
         if os.environ["MARK"]: direct.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x6d)
-        direct.settimeout(3)
+        direct.settimeout(20)
         try: direct.connect((peer.recv(100).decode(), 8080)); peer.sendall(b"direct: " + direct.recv(100))
         except OSError as error: peer.sendall(str(error).encode())
     peer.close()
 """
 
 
-def test_an_application_is_confined(host: Any, python: Python, mantle_proxy: Path) -> None:
+def test_an_application_is_confined(host: Any, mantle_proxy: Path) -> None:
     async def scene() -> None:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind("\0mantle-test")
@@ -190,7 +187,7 @@ def test_an_application_is_confined(host: Any, python: Python, mantle_proxy: Pat
         async with host.mesh() as mesh:
             app = python("app", "import time; print('ready'); time.sleep(100)")
             expose = (*host_paths(), str(mantle_proxy.parent))
-            pod = await mesh.start("a", A, *meshed(python, mesh, host, mantle_proxy, app), expose=expose)
+            pod = await mesh.start("a", A, *meshed(mesh, host, mantle_proxy, app), expose=expose)
             await mesh.says("a", "ready", "proxy")
             await pod.started("proxy")
             await mesh.says("a", "ready")
@@ -207,7 +204,7 @@ def test_an_application_is_confined(host: Any, python: Python, mantle_proxy: Pat
                 TOKEN,
                 "/run/user" if host.rootless else "/run/mantle",
             ]
-            tried = await pod.probe("app", attack, 60)
+            tried = await pod.probe("app", attack, PATIENCE)
             assert tried.exit_code == 0, tried
             outcome = json.loads(tried.output)
             assert outcome.pop("processes") == ["python", "python", "python"]
@@ -216,9 +213,7 @@ def test_an_application_is_confined(host: Any, python: Python, mantle_proxy: Pat
             assert outcome == refused(host)
             # As the application's own process, too.
             attacker = ContainerSpec("app", Role.APP, tuple(attack))
-            await mesh.start(
-                "c", B, *meshed(python, mesh, host, mantle_proxy, attacker), expose=expose, restart=Restart.NEVER
-            )
+            await mesh.start("c", B, *meshed(mesh, host, mantle_proxy, attacker), expose=expose, restart=Restart.NEVER)
             await mesh.says("c", "ready", "proxy")
             await mesh.pod("c").started("proxy")
             await mesh.until("c", lambda s: s.containers[2].state == "terminated")
@@ -233,13 +228,13 @@ def host_paths() -> tuple[str, ...]:
     return tuple(sorted({sys.base_prefix, sys.prefix, str(Path(SRC).parent)}))
 
 
-def test_the_redirect_of_a_pod(host: Any, python: Python, echo: ContainerSpec, mantle_proxy: Path) -> None:
+def test_the_redirect_of_a_pod(host: Any, echo: ContainerSpec, mantle_proxy: Path) -> None:
     """Outbound by the application, inbound from outside, what the proxy itself opens, and what stays on loopback."""
 
     async def scene() -> None:
         async with host.mesh() as mesh:
             expose = (*host_paths(), str(mantle_proxy.parent))
-            pod = await mesh.start("a", A, *meshed(python, mesh, host, mantle_proxy, echo), expose=expose)
+            pod = await mesh.start("a", A, *meshed(mesh, host, mantle_proxy, echo), expose=expose)
             await mesh.says("a", "ready", "proxy")
             await pod.started("proxy")
             await mesh.says("a", "ready")
@@ -259,18 +254,18 @@ def test_the_redirect_of_a_pod(host: Any, python: Python, echo: ContainerSpec, m
             outside = f"c = socket.create_connection(('{A}', 4191)); c.sendall(b'{B}'); print(c.recv(100).decode())"
             assert await mesh.ask("b", outside) == f"direct: pod-b {A}"
             exempt = ["--proxy-mark", "0x6d"] if host.rootless else ["--proxy-uid", "2102"]
-            refused = await pod.probe("app", [str(mantle_proxy), "redirect", "verify", *exempt], 10)
+            refused = await pod.probe("app", [str(mantle_proxy), "redirect", "verify", *exempt], PATIENCE)
             assert refused.exit_code == 1
             assert "NET_ADMIN" in refused.output
 
     host.play(scene)
 
 
-def test_verify_proves_a_real_redirect(host: Any, python: Python, mantle_proxy: Path) -> None:
+def test_verify_proves_a_real_redirect(host: Any, mantle_proxy: Path) -> None:
     async def scene() -> None:
         async with host.mesh() as mesh:
             exempt = ("--proxy-mark", "0x6d") if host.rootless else ("--proxy-uid", "2102")
-            installs, *_ = meshed(python, mesh, host, mantle_proxy, python("app", ""))
+            installs, *_ = meshed(mesh, host, mantle_proxy, python("app", ""))
             verifies = ContainerSpec(
                 "verify",
                 Role.INIT,
@@ -292,7 +287,7 @@ def test_verify_proves_a_real_redirect(host: Any, python: Python, mantle_proxy: 
     host.play(scene)
 
 
-def test_state_of_every_mesh_is_hidden(host: Any, python: Python) -> None:
+def test_state_of_every_mesh_is_hidden(host: Any) -> None:
     async def scene() -> None:
         async with host.mesh("one") as one, host.mesh("two") as two:
             code = f"import os; print([os.path.exists(p) for p in {[str(one.state), str(two.state)]}])"
@@ -303,7 +298,7 @@ def test_state_of_every_mesh_is_hidden(host: Any, python: Python) -> None:
     host.play(scene)
 
 
-def test_host_root_without_capabilities(root_host: Any, python: Python) -> None:
+def test_host_root_without_capabilities(root_host: Any) -> None:
     """A manifest may say uid 0. It is then the owner of root's files, and nothing more."""
     code = """
 import os, errno

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine_play import python
 
 from mantle.platform.machine import client, direct, uplink, wire
 from mantle.platform.machine import namespaces as ns
@@ -23,7 +24,6 @@ from mantle.platform.machine.spec import ContainerSpec, NodeConfig, ServicePort
 
 pytestmark = [pytest.mark.root, pytest.mark.mesh]
 
-Python = Callable[..., ContainerSpec]
 A, B, C, VIP = "10.203.0.5", "10.203.0.6", "10.203.0.7", "10.203.200.1"
 ROUTER = "10.203.128.10"
 
@@ -48,10 +48,9 @@ def processes() -> dict[int, str]:
 
 
 async def all_gone() -> None:
-    async with asyncio.timeout(5):
-        while left := processes():
-            await asyncio.sleep(0.005)
-            assert len(left) < 1000
+    while left := processes():
+        await asyncio.sleep(0.005)
+        assert len(left) < 1000
 
 
 def test_pods_reach_each_other_and_the_router(host: Any, echo: ContainerSpec) -> None:
@@ -93,7 +92,8 @@ def test_service_addresses(host: Any, echo: ContainerSpec) -> None:
             assert await mesh.ask("b", f"print(tcp('{VIP}', 80))") == f"pod-b {ROUTER}"
             # None: unreachable at once, never leaving the mesh.
             await mesh.node.services([ServicePort(VIP, 80, ())])
-            timed = f"import time; t = time.time(); print(tcp('{VIP}', 80), time.time() - t < 1)"
+            # (Where ARP has to find that out, it takes 3 s.)
+            timed = f"import time; t = time.time(); print(tcp('{VIP}', 80), time.time() - t < 2.5)"
             assert await mesh.ask("a", timed) == f"OSError {errno.EHOSTUNREACH} True"
 
     host.play(scene)
@@ -109,7 +109,7 @@ def test_many_services_fit(root_host: Any) -> None:
     root_host.play(scene)
 
 
-def test_a_pod_cannot_send_from_another_address(root_host: Any, python: Python, echo: ContainerSpec) -> None:
+def test_a_pod_cannot_send_from_another_address(root_host: Any, echo: ContainerSpec) -> None:
     listener = """
 import socket
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(("", 9))
@@ -271,19 +271,18 @@ def test_the_way_out(root_host: Any, echo: ContainerSpec) -> None:
                 await mesh.says("a", "ready")
                 assert await mesh.ask("a", "print(tcp('198.51.100.2', 80))") == "from 198.51.100.1"
             # Neither the other mesh's router nor its pods can be reached; the host's own end of the link can.
-            for there in ("169.254.203.6", "169.254.203.5"):
-                assert (
-                    await one.ask("a", f"print(tcp('{there}', 1).split()[0])")
-                    == {"6": "TimeoutError", "5": "ConnectionRefusedError"}[there[-1]]
-                )
+            for there, seconds, what in (
+                ("169.254.203.6", 1, "TimeoutError"),
+                ("169.254.203.5", 20, "ConnectionRefusedError"),
+            ):
+                assert await one.ask("a", f"print(tcp('{there}', 1, {seconds}).split()[0])") == what
             with pytest.raises(OSError), socket.socket() as sock:
                 sock.settimeout(0.5)
                 sock.connect((A, 8080))
             direct.kill_node(one.guard)
             await two.node.shutdown()
-            async with asyncio.timeout(5):
-                while tables() or any(name.startswith("mantle") for _, name in socket.if_nameindex()):
-                    await asyncio.sleep(0.005)
+            while tables() or any(name.startswith("mantle") for _, name in socket.if_nameindex()):
+                await asyncio.sleep(0.005)
             uplink.restore(Path("/run/mantle"))  # what `mantle down` does after a SIGKILL
             assert forward.read_text() == "0\n"
         os.kill(world, signal.SIGKILL)
@@ -373,14 +372,12 @@ def test_the_way_out_without_root(
         async with user_host.mesh(uplink=True) as mesh:
             await mesh.start("a", A, echo)
             await mesh.says("a", "ready")
-            async with asyncio.timeout(10):
-                while await mesh.ask("a", "print(tcp('198.51.100.2', 80))") != "from 198.51.100.1":
-                    await asyncio.sleep(0.05)
+            while await mesh.ask("a", "print(tcp('198.51.100.2', 80))") != "from 198.51.100.1":
+                await asyncio.sleep(0.05)
             assert len(processes()) > len(before) + 2
             direct.kill_node(mesh.guard)
-            async with asyncio.timeout(5):
-                while processes() != before:
-                    await asyncio.sleep(0.005)
+            while processes() != before:
+                await asyncio.sleep(0.005)
 
     user_host.play(scene, prepare=prepare)
 

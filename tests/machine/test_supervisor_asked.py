@@ -7,28 +7,19 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from machine_play import PATIENCE, shell
 
 from mantle.platform.machine import client, direct, wire
 from mantle.platform.machine import namespaces as ns
-from mantle.platform.machine.spec import ContainerSpec, Phase, Restart, Role
+from mantle.platform.machine.spec import ContainerSpec, Phase, Restart
 
 pytestmark = [pytest.mark.root, pytest.mark.mesh]
 
-Python = Callable[..., ContainerSpec]
 IP = "10.203.0.5"
-PYTHON = os.path.realpath(sys.executable)
-
-
-def shell(name: str, script: str, **more: Any) -> ContainerSpec:
-    more.setdefault("role", Role.APP)
-    return ContainerSpec(name, argv=("/bin/sh", "-c", script), env={"PATH": "/usr/bin:/bin"}, **more)
 
 
 def test_exec_and_probes(host: Any, idle: ContainerSpec) -> None:
@@ -44,17 +35,17 @@ def test_exec_and_probes(host: Any, idle: ContainerSpec) -> None:
             said = os.read(reader, 1000).decode().split("\n")
             uid = "1000" if host.rootless else "65534"
             assert said == [uid, "more", "/usr", "CapEff:\t0000000000000000", ""]
-            assert await pod.probe("app", ["/bin/sh", "-c", "echo bad; exit 2"], 5) == client.ProbeResult(2, "bad")
-            assert await pod.probe("app", ["nope"], 5) == client.ProbeResult(
+            assert await pod.probe("app", ["/bin/sh", "-c", "echo bad; exit 2"], PATIENCE) == client.ProbeResult(
+                2, "bad"
+            )
+            assert await pod.probe("app", ["nope"], PATIENCE) == client.ProbeResult(
                 127, "mantle: cannot execute nope: No such file or directory"
             )
-            started = time.monotonic()
-            hung = await pod.probe("app", ["/bin/sh", "-c", "echo begun; sleep 100 & sleep 100"], 0.3)
+            hung = await pod.probe("app", ["/bin/sh", "-c", "echo begun; sleep 1000 & sleep 1000"], 3)
             assert hung == client.ProbeResult(None, "begun")
-            assert time.monotonic() - started < 3
             # The command's children, too, are gone.
             while (
-                await pod.probe("app", ["/bin/sh", "-c", "cat /proc/[0-9]*/comm | grep -q sleep"], 5)
+                await pod.probe("app", ["/bin/sh", "-c", "cat /proc/[0-9]*/comm | grep -q sleep"], PATIENCE)
             ).exit_code == 0:
                 await asyncio.sleep(0.01)
 
@@ -69,12 +60,12 @@ def test_an_exec_ends_with_its_caller(host: Any, idle: ContainerSpec) -> None:
             reader, writer = os.pipe()
             null = os.open("/dev/null", os.O_RDONLY)
             task = asyncio.ensure_future(
-                pod.exec("app", ["/bin/sh", "-c", "echo x; sleep 100"], (null, writer, writer))
+                pod.exec("app", ["/bin/sh", "-c", "echo x; sleep 1000"], (null, writer, writer))
             )
             os.close(writer) if (await asyncio.to_thread(os.read, reader, 2)) == b"x\n" else None
             task.cancel()
             # The pipe ends when the shell and its child have.
-            assert await asyncio.wait_for(asyncio.to_thread(os.read, reader, 1), 5) == b""
+            assert await asyncio.to_thread(os.read, reader, 1) == b""
 
     host.play(scene)
 
@@ -95,9 +86,10 @@ def test_exec_on_a_terminal(host: Any, idle: ContainerSpec) -> None:
                 while b"go\r\n" not in said:
                     said += await asyncio.to_thread(os.read, ours, 100)
                 os.write(ours, b"\x03")
-            said += os.read(ours, 1000)
             assert code.result() == 5
-            assert (b"on a terminal" in said, b"interrupted" in said) == (True, True), said
+            while b"interrupted" not in said:
+                said += os.read(ours, 1000)
+            assert b"on a terminal" in said, said
 
     host.play(scene)
 
@@ -209,7 +201,7 @@ def test_a_full_disk_does_not_end_a_pod(root_host: Any) -> None:
                 await asyncio.sleep(0.01)
             seen = [s async for s in _some(pod, 1)]
             assert seen[0].containers[0].state == "running"
-            assert (await pod.probe("app", ["/bin/echo", "alive"], 5)).output == "alive"
+            assert (await pod.probe("app", ["/bin/echo", "alive"], PATIENCE)).output == "alive"
             await mesh.node.stop_pod("a", 1)
 
     root_host.play(scene)

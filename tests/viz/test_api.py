@@ -88,7 +88,7 @@ def play(path: Path, scene: Any) -> None:
     async def run() -> None:
         world, source, proxies = World(), FakeSource(), FakeProxies()
         await world.set(Snapshot(1, {WEB.key: WEB}))
-        async with contextlib.AsyncExitStack() as servers, asyncio.timeout(20):
+        async with contextlib.AsyncExitStack() as servers, asyncio.timeout(60):
             await app._serve_socket(servers, Api(world, source, proxies, source).application(), path)
             async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
                 await scene(Client(session, source, proxies))
@@ -175,7 +175,7 @@ def test_the_component_starts_serves_and_stops(tmp_path: Path) -> None:
     options = app.Options("127.0.0.1", 0, path, path, MeshNames("mantle", "cluster.local"), 60.0, (), "viz-1")
 
     async def run() -> None:
-        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             running = group.create_task(app.run(options, FakePlatform()))
             while not path.exists():  # noqa: ASYNC110  (the file system has no event)
                 await asyncio.sleep(0.01)

@@ -75,7 +75,7 @@ def play(scene: Callable[[Proxy, Proxies], Awaitable[None]]) -> None:
         await server.start()
         try:
             await web.TCPSite(runner, IP, module.ADMIN_PORT).start()
-            async with asyncio.timeout(20), Proxies(MeshNames("mantle", "cluster.local")) as proxies:
+            async with asyncio.timeout(60), Proxies(MeshNames("mantle", "cluster.local")) as proxies:
                 await scene(proxy, proxies)
         finally:
             await runner.cleanup()

@@ -235,7 +235,7 @@ def watch(proxies: FakeProxies, play: Callable[[World, asyncio.Queue[dict[str, A
         world, seen = World(), asyncio.Queue[dict[str, Any]]()
         await world.set(world_of(WEB1, BOT))
         query = TapQuery(Target("deployment", "web", "emojivoto"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(tap.watch(world, proxies, query, seen.put))
                 await play(world, seen)

@@ -98,6 +98,8 @@ class _Demo:
     port: int
     seconds: int | None
     began: float = field(default_factory=time.monotonic)
+    begun: bool = False
+    """May there be anything to remove?"""
     client: MachineClient | None = None
     forwarder: Any = None
     taps: list[Mapping[str, Any]] = field(default_factory=list)
@@ -109,6 +111,7 @@ class _Demo:
         encrypted_after: float | None = None
         try:
             with self._progress("starting the mesh"):
+                self.begun = True
                 self.client, _ = ensure(self.mesh, Launch())
                 self._up(body)
                 self._say("waiting for encrypted traffic on every edge")
@@ -267,11 +270,11 @@ class _Demo:
             signal.signal(number, signal.SIG_IGN)
         if self.forwarder is not None:
             self.forwarder.close()
-        if self.client is None:
+        if not self.begun:
             return
         from mantle.cli.down import take_down
 
-        if not self.quiet:
+        if not self.quiet and self.client is not None:
             click.echo("removing every trace …", err=True)
         take_down(self.mesh, _nothing)
 

@@ -133,7 +133,11 @@ def start(mesh: str, launch: Launch) -> None:
     )
     os.close(writer)
     with os.fdopen(reader) as said:
-        line = said.readline()
+        try:
+            line = said.readline()
+        except KeyboardInterrupt:
+            said.read()  # whoever removes the mesh now must find all of it: one half up would come up behind their back
+            raise
     answer: dict[str, Any] = (
         json.loads(line) if line else {"errors": [{"message": "the daemon ended at once", "fix": None}]}
     )

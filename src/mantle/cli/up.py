@@ -69,13 +69,19 @@ def command(
         preflight()
         check_alone(body)
     launch = Launch(pod_cidr, service_cidr, issuance_lifetime, proxy_env)
-    client, started = ensure(mesh, launch)
+    if not detach:
+        signal.signal(signal.SIGTERM, _interrupt)
+    running = is_running(mesh)
+    try:
+        client, started = ensure(mesh, launch)
+    except KeyboardInterrupt:
+        if not running:
+            _take_down(mesh)
+        raise
     if not started and launch.arguments():
         click.echo(
             f"note: mesh {mesh} runs already; {launch.arguments()[0]} is for a new one and was ignored", err=True
         )
-    if not detach:
-        signal.signal(signal.SIGTERM, _interrupt)
     try:
         good = _print(client.stream("/v1/apply", body))
         if detach:
@@ -90,15 +96,17 @@ def command(
             raise
     except Failure:
         if started:
-            from mantle.cli.down import take_down
-
-            take_down(mesh, lambda _: None)
+            _take_down(mesh)
         raise
     click.echo(f"taking mesh {mesh} down …", err=True)
+    _take_down(mesh)
+    return 0
+
+
+def _take_down(mesh: str) -> None:
     from mantle.cli.down import take_down
 
     take_down(mesh, lambda _: None)
-    return 0
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
