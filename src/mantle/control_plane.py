@@ -1,4 +1,4 @@
-"""The entry of the control plane's containers: `python -m mantle.control_plane identity|destination|viz ARGS`."""
+"""The entry of the control plane's containers: `python -m mantle.control_plane PROGRAM ARGS`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ def main(argv: Sequence[str]) -> int:
             from mantle.control.app import destination_main
 
             return destination_main(argv[1:])
+        case ["injector"]:
+            from mantle.control.injector_app import injector_main
+
+            return injector_main(argv[1:])
         case ["viz"]:
             from mantle.viz.app import main as viz_main
 
             viz_main(argv[1:])
             return 0
-    print("usage: python -m mantle.control_plane identity|destination|viz ARGS (--help for each)", file=sys.stderr)
+    usage = "usage: python -m mantle.control_plane identity|destination|viz|injector ARGS (--help for each)"
+    print(usage, file=sys.stderr)
     return 2
 
 

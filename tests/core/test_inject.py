@@ -201,6 +201,7 @@ def test_labels_and_annotations_say_whose_mesh_it_is():
     }
     assert injected["metadata"]["annotations"] == {
         "config.mantle.dev/proxy-log-level": "debug",
+        "mantle.dev/added-annotations": "config.mantle.dev/proxy-log-level",
         "mantle.dev/created-by": "mantle 1.2.3",
         "mantle.dev/proxy-version": "1.2.3",
         "mantle.dev/trust-root-sha256": hashlib.sha256(b"ROOTS").hexdigest(),

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import ipaddress
 import logging
 import os
 import resource
 import secrets
-import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
-from prometheus_client import CollectorRegistry, disable_created_metrics
+from prometheus_client import CollectorRegistry
 
 from mantle.control.admin import admin_server
+from mantle.control.program import address, duration, now, run, until_told
 from mantle.core.annotations import POLICIES
 from mantle.core.model import Key
 from mantle.core.names import BadName, MeshNames, mesh_names
@@ -60,14 +57,14 @@ def identity_main(argv: Sequence[str]) -> int:
     flags.add_argument("--issuer", type=Path, required=True, help="directory with crt.pem and key.pem (P-256)")
     flags.add_argument("--trust-roots", type=Path, required=True, help="PEM bundle")
     flags.add_argument("--audience", type=_list, default=["identity.mantle.dev"], help="of tokens, comma-separated")
-    flags.add_argument("--issuance-lifetime", type=_duration, default=LEAF_LIFETIME, help="of a leaf: 24h, 10s …")
-    flags.add_argument("--clock-skew-allowance", type=_duration, default=CLOCK_SKEW, help="added at both ends of it")
+    flags.add_argument("--issuance-lifetime", type=duration, default=LEAF_LIFETIME, help="of a leaf: 24h, 10s …")
+    flags.add_argument("--clock-skew-allowance", type=duration, default=CLOCK_SKEW, help="added at both ends of it")
     flags.add_argument("--certify-rate", type=float, default=CERTIFY_RATE, help="per second and address")
     flags.add_argument("--certify-burst", type=int, default=CERTIFY_BURST, help="at once and address")
     flags.add_argument("--nice", type=int, default=10, help="how much this process steps back behind destination")
     options = flags.parse_args(argv)
     os.nice(options.nice)
-    return _run(serve_identity(options))
+    return run(serve_identity(options))
 
 
 async def serve_identity(options: argparse.Namespace) -> None:
@@ -89,15 +86,15 @@ async def serve_identity(options: argparse.Namespace) -> None:
             lifetime=options.issuance_lifetime,
             skew=options.clock_skew_allowance,
             limiter=RateLimiter(options.certify_rate, options.certify_burst),
-            metrics=identity.Metrics(registry, issuer, _now),
-            now=_now,
+            metrics=identity.Metrics(registry, issuer, now),
+            now=now,
             ticks=asyncio.get_running_loop().time,
             entropy=secrets.token_bytes,
         )
 
         def not_ready() -> str:
             current = issuer.current
-            state = check_issuer(current, _now()) if isinstance(current, Issuer) else current
+            state = check_issuer(current, now()) if isinstance(current, Issuer) else current
             return str(state) if isinstance(state, Refusal) else ""
 
         watcher = tasks.create_task(_refresh(issuer))
@@ -123,7 +120,7 @@ async def _refresh(issuer: IssuerFiles) -> None:
 def destination_main(argv: Sequence[str]) -> int:
     """`python -m mantle.control_plane destination`: discovery and policy until SIGTERM. Returns the exit code."""
     flags = _common("destination", listen="0.0.0.0:8086", admin="0.0.0.0:9996")
-    flags.add_argument("--policy-listen", type=_address, default=("0.0.0.0", 8090), help="gRPC listener of policy")
+    flags.add_argument("--policy-listen", type=address, default=("0.0.0.0", 8090), help="gRPC listener of policy")
     flags.add_argument("--cluster-domain", default="cluster.local", help="what service names end in")
     flags.add_argument(
         "--networks", type=_networks, default=PRIVATE_NETWORKS, help="the mesh's, for the cluster-* policies"
@@ -136,7 +133,7 @@ def destination_main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     options = flags.parse_args(argv)
     _raise_file_limit()
-    return _run(serve_destination(options))
+    return run(serve_destination(options))
 
 
 async def serve_destination(options: argparse.Namespace) -> None:
@@ -206,52 +203,15 @@ async def grpc_server(
         await server.stop(grace)
 
 
-def _run(program: Any) -> int:
-    """Runs a program. A listener that cannot be had, or a file that cannot be read, is an error with exit code 1."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    logging.getLogger().handlers[0].setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # not annotated upstream
-    # Full collections of many thousand streams cost more than all first answers together (bench/RESULTS.md).
-    gc.set_threshold(50_000, 20, 100)
-    code = 0
-    try:
-        asyncio.run(program)
-    except* (OSError, RuntimeError) as errors:
-        for error in errors.exceptions:
-            log.error("cannot go on: %s", error)
-        code = 1
-    return code
-
-
-class _OneLine(logging.Formatter):
-    """One record, one line: what peers put into names and requests cannot forge another."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        if record.exc_info:
-            return super().format(record)
-        line = super().format(record)
-        if line.isprintable():
-            return line
-        return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in line)
-
-
 async def _until_told(options: argparse.Namespace) -> None:
-    """Serves until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    gc.collect()
-    gc.freeze()
-    log.info("serving %s.%s as %s", options.names.control_namespace, options.names.trust_domain, options.own_pod)
-    await stop.wait()
-    log.info("stopping")
+    names: MeshNames = options.names
+    await until_told(f"serving {names.control_namespace}.{names.trust_domain} as {options.own_pod}")
 
 
 def _common(program: str, listen: str, admin: str) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(f"mantle.control_plane {program}", allow_abbrev=False)
-    flags.add_argument("--listen", type=_address, default=_address(listen), help="gRPC listener")
-    flags.add_argument("--admin", type=_address, default=_address(admin), help="listener of /live /ready /metrics")
+    flags.add_argument("--listen", type=address, default=address(listen), help="gRPC listener")
+    flags.add_argument("--admin", type=address, default=address(admin), help="listener of /live /ready /metrics")
     flags.add_argument("--platform", type=_socket, default=_socket(PLATFORM), help="where the platform is served")
     flags.add_argument("--control-namespace", default="mantle")
     flags.add_argument("--trust-domain", default="cluster.local")
@@ -276,21 +236,10 @@ def _names(flags: argparse.ArgumentParser, options: argparse.Namespace) -> MeshN
     return names
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
 def _raise_file_limit() -> None:
     """One stream per connection meets the limit of open files first."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host.removeprefix("[").removesuffix("]") or "0.0.0.0", int(port)
 
 
 def _socket(text: str) -> Path:
@@ -309,12 +258,3 @@ def _networks(text: str) -> tuple[Network, ...]:
         return tuple(ipaddress.ip_network(part) for part in _list(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _duration(text: str) -> timedelta:
-    """`24h`, `90m`, `10s`, `500ms`."""
-    for unit, seconds in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("d", 86400.0)):
-        number = text.removesuffix(unit)
-        if number != text and number.replace(".", "", 1).isdigit():
-            return timedelta(seconds=float(number) * seconds)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 24h, 10s or 500ms")

@@ -23,6 +23,10 @@ DISABLE_TAP = "viz.mantle.dev/disable-tap"
 CREATED_BY = "mantle.dev/created-by"
 PROXY_VERSION = "mantle.dev/proxy-version"
 TRUST_ROOT_SHA256 = "mantle.dev/trust-root-sha256"
+SKIPPED = "mantle.dev/injection-skipped"
+"""On a pod that somebody wanted meshed and that is not: why."""
+ADDED = "mantle.dev/added-annotations"
+"""On a meshed pod: which of its other annotations injection wrote, so that they can be taken away again."""
 LABEL_CONTROL_NS = "mantle.dev/control-plane-ns"
 LABEL_WORKLOAD_NS = "mantle.dev/workload-ns"
 LABEL_COMPONENT = "mantle.dev/control-plane-component"
@@ -50,7 +54,8 @@ class Mistake:
     """`pod` or `namespace`."""
 
     def __str__(self) -> str:
-        return f"{self.where} annotation {self.annotation}: {self.value!r} is not accepted; use {self.accepted}"
+        what = f"annotation {self.annotation}" if "/" in self.annotation else self.annotation
+        return f"{self.where} {what}: {self.value!r} is not accepted; use {self.accepted}"
 
 
 class _NotAccepted(ValueError):

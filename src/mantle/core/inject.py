@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mantle.core.annotations import (
+    ADDED,
     CREATED_BY,
     DISABLE_TAP,
     INJECT,
@@ -97,6 +98,7 @@ def inject_pod(
         return Skipped(reasons)
     config, mistakes = read_config(own, inherited)
     config = Config({**values.defaults, **config.values}, config.inherited)
+    mistakes += _namesakes(pod)
     mistakes += _uid_mistakes(spec, config.get("proxy-uid", values.proxy_uid)) if values.mark is None else ()
     if mistakes:
         return Refused(mistakes)
@@ -119,9 +121,8 @@ def inject_pod(
         spec["containers"].append(_debug_container(config, values))
     spec["volumes"] = [*(spec.get("volumes") or []), *_volumes(values)]
     if (timeout := config.get("close-wait-timeout")) is not None:
-        sysctl = {"name": "net.netfilter.nf_conntrack_tcp_timeout_close_wait", "value": str(timeout)}
         context = spec.setdefault("securityContext", {})
-        context["sysctls"] = [*context.get("sysctls", []), sysctl]
+        context["sysctls"] = [*context.get("sysctls", []), _close_wait(timeout)]
 
     metadata["labels"] = {**labels, **_labels(metadata, ns_metadata, values, owner)}
     metadata["annotations"] = {
@@ -131,8 +132,12 @@ def inject_pod(
         PROXY_VERSION: config.get("proxy-version", values.version),
         TRUST_ROOT_SHA256: hashlib.sha256(values.trust_anchors.encode()).hexdigest(),
     }
+    added = set(config.inherited)
     if f"{PREFIX}opaque-ports" not in metadata["annotations"] and opaque:
         metadata["annotations"][f"{PREFIX}opaque-ports"] = opaque
+        added.add(f"{PREFIX}opaque-ports")
+    if added:
+        metadata["annotations"][ADDED] = ",".join(sorted(added))
     if mistakes := _apply_tls(result, ns_metadata, owner, config, values):
         return Refused(mistakes)
     return Injected(result, has_udp_ports(spec))
@@ -155,11 +160,14 @@ def _apply_tls(
 
 
 def uninject_pod(pod: Mapping[str, Any]) -> Object:
-    """The pod without anything that injection adds, but inherited annotations, which look like its own."""
+    """The pod without anything that injection adds. One that Mantle did not inject comes back as it is."""
     result: Object = copy.deepcopy(dict(pod))
     metadata, spec = result.get("metadata") or {}, result.get("spec") or {}
-    if not any(container.get("name") == PROXY for container in containers(spec)):
+    annotations: Object = metadata.get("annotations") or {}
+    if CREATED_BY not in annotations or not any(c.get("name") == PROXY for c in containers(spec)):
         return result
+    if (timeout := annotations.get(f"{PREFIX}close-wait-timeout")) is not None:
+        _without_sysctl(spec, _close_wait(timeout))
     for key in ("containers", "initContainers"):
         if key in spec:
             spec[key] = [c for c in spec[key] if c.get("name") not in (PROXY, INIT, DEBUG)]
@@ -172,12 +180,29 @@ def uninject_pod(pod: Mapping[str, Any]) -> Object:
     ]
     if not spec["volumes"]:
         del spec["volumes"]
-    for key in (CREATED_BY, PROXY_VERSION, TRUST_ROOT_SHA256, OWNER):
-        (metadata.get("annotations") or {}).pop(key, None)
+    for key in (CREATED_BY, PROXY_VERSION, TRUST_ROOT_SHA256, OWNER, ADDED, *annotations.get(ADDED, "").split(",")):
+        annotations.pop(key, None)
     labels = metadata.get("labels") or {}
     for key in (LABEL_CONTROL_NS, LABEL_WORKLOAD_NS, LABEL_TLS, *(LABEL_OWNER_PREFIX + kind for kind in OWNER_KINDS)):
         labels.pop(key, None)
+    for key in ("annotations", "labels"):
+        if not metadata.get(key):
+            metadata.pop(key, None)
     return result
+
+
+def _close_wait(seconds: object) -> Object:
+    return {"name": "net.netfilter.nf_conntrack_tcp_timeout_close_wait", "value": str(seconds)}
+
+
+def _without_sysctl(spec: Object, sysctl: Object) -> None:
+    context = spec.get("securityContext") or {}
+    if sysctl in context.get("sysctls", []):
+        context["sysctls"] = [each for each in context["sysctls"] if each != sysctl]
+        if not context["sysctls"]:
+            del context["sysctls"]
+        if not context:
+            del spec["securityContext"]
 
 
 def _wanted(own: Mapping[str, str], inherited: Mapping[str, str], by_default: bool) -> Skip | Mistake | None:
@@ -190,6 +215,18 @@ def _wanted(own: Mapping[str, str], inherited: Mapping[str, str], by_default: bo
             return Mistake(INJECT, str(value), " or ".join(INJECT_VALUES), where)
         return Skip.DISABLED if value == "disabled" else None
     return None if by_default else Skip.NOT_ENABLED
+
+
+def _namesakes(pod: Mapping[str, Any]) -> tuple[Mistake, ...]:
+    """Containers that only look like ours: taking them for ours would leave the pod without a proxy."""
+    if CREATED_BY in ((pod.get("metadata") or {}).get("annotations") or {}):
+        return ()
+    names = [c.get("name") for c in containers(pod.get("spec") or {})]
+    return tuple(
+        Mistake("container", name, "another name: this one is Mantle's, and Mantle did not make it")
+        for name in (INIT, PROXY, DEBUG)
+        if name in names
+    )
 
 
 def _uid_mistakes(spec: Mapping[str, Any], proxy_uid: int) -> tuple[Mistake, ...]:

@@ -28,6 +28,7 @@ class Skip(enum.StrEnum):
     HOST_NETWORK = "host_network_enabled"
     FOREIGN_SIDECAR = "sidecar_already_exists"
     UNSUPPORTED = "unsupported_resource"
+    STATIC = "static_pod"
     NOT_ENABLED = "injection_enable_annotation_absent"
     DISABLED = "injection_disable_annotation_present"
 
@@ -37,6 +38,7 @@ class Skip(enum.StrEnum):
             Skip.HOST_NETWORK: "hostNetwork is enabled",
             Skip.FOREIGN_SIDECAR: "pod has a sidecar injected already",
             Skip.UNSUPPORTED: "this resource kind is unsupported",
+            Skip.STATIC: "the kubelet runs it from a file on its node, which nobody else can change",
             Skip.NOT_ENABLED: f'neither the namespace nor the pod have the annotation "{INJECT}:enabled"',
             Skip.DISABLED: f'pod has the annotation "{INJECT}:disabled"',
         }[self]

@@ -1,0 +1,219 @@
+"""Admission as plays: a review and a namespace in, the answer, the patched pod and what people are told out."""
+
+import base64
+import copy
+import json
+
+import pytest
+
+from mantle.core.admission import Decision, NotAReview, Outcome, Owner, decide, json_patch, pod_of
+from mantle.core.inject import inject_pod
+from mantle.core.pod_facts import Skip
+from mantle.core.proxy_env import Values
+
+VALUES = Values("1.2.3", "ROOTS", ("10.203.0.0/16",), created_by="mantle/injector 1.2.3")
+REPLICA_SET = {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-5d9", "uid": "u1", "controller": True}
+DEPLOYMENT = Owner("apps/v1", "Deployment", "web", "u0")
+ENABLED = {"mantle.dev/inject": "enabled"}
+
+
+def pod(annotations: dict | None = None, **spec: object) -> dict:
+    app = {"name": "app", "image": "acme/web", "ports": [{"containerPort": 8080}]}
+    meta = {"generateName": "web-5d9-", "ownerReferences": [REPLICA_SET], "labels": {"app": "web"}}
+    if annotations is not None:
+        meta["annotations"] = annotations
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": meta,
+        "spec": {"serviceAccountName": "web", "containers": [app], **spec},
+    }
+
+
+def review(obj: dict, operation: str = "CREATE", **more: object) -> dict:
+    request = {"uid": "r1", "operation": operation, "namespace": "shop", "object": obj, **more}
+    return {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request}
+
+
+def namespace(annotations: dict | None = None, labels: dict | None = None) -> dict:
+    return {"metadata": {"name": "shop", "annotations": annotations or {}, "labels": labels or {}}}
+
+
+def decided(obj: dict, ns: dict | None = None, **more: object) -> Decision:
+    return decide(review(obj, **more), namespace() if ns is None else ns, VALUES, DEPLOYMENT)
+
+
+def applied(decision: Decision, obj: dict) -> dict:
+    """What the API server makes of the answer (RFC 6902: add, replace, remove)."""
+    result = copy.deepcopy(obj)
+    response = decision.review["response"]
+    assert response["uid"] == "r1" and response["allowed"] is True
+    for step in json.loads(base64.b64decode(response["patch"])) if "patch" in response else []:
+        *parents, last = [p.replace("~1", "/").replace("~0", "~") for p in step["path"].split("/")[1:]]
+        at = result
+        for parent in parents:
+            at = at[parent]
+        assert (last in at) == (step["op"] != "add")
+        if step["op"] == "remove":
+            del at[last]
+        else:
+            at[last] = step["value"]
+    return result
+
+
+@pytest.mark.parametrize(("own", "ns"), [(ENABLED, None), (None, ENABLED), ({"mantle.dev/inject": "ingress"}, None)])
+def test_the_patch_makes_exactly_the_pod_that_mantle_inject_makes(own, ns):
+    obj = pod(own)
+    decision = decided(obj, namespace(ns))
+    expected = inject_pod(obj, namespace(ns), VALUES, ("Deployment", "web"))
+    assert applied(decision, obj) == expected.pod
+    assert decision.outcome is Outcome.INJECTED
+    assert decision.asked_at == ("workload" if own else "namespace")
+    assert (decision.note.reason, decision.note.warning) == ("Injected", False)
+    assert "warnings" not in decision.review["response"]
+
+
+def test_asked_again_with_its_own_result_nothing_changes():
+    obj = pod(ENABLED | {"config.mantle.dev/close-wait-timeout": "60"})
+    obj["spec"]["containers"][0]["ports"].append({"containerPort": 3306})
+    ns = namespace({"config.mantle.dev/proxy-log-level": "debug"})
+    once = applied(decided(obj, ns), obj)
+    again = decided(once, ns)
+    assert applied(again, once) == once
+    assert again.note is None, "it was said the first time"
+
+
+def test_what_mantle_inject_rendered_is_made_anew_and_that_is_said():
+    by_hand = inject_pod(pod(ENABLED), {}, Values("1.0.0", "OLD ROOTS", ()), ("Deployment", "web")).pod
+    decision = decided(by_hand)
+    assert applied(decision, by_hand) == applied(decided(pod(ENABLED)), pod(ENABLED))
+    assert "made anew" in decision.note.message
+
+
+def test_a_container_another_webhook_added_is_meshed_on_the_second_call():
+    obj = pod(ENABLED)
+    once = applied(decided(obj), obj)
+    once["spec"]["containers"].append({"name": "extra", "image": "x", "ports": [{"containerPort": 9000}]})
+    twice = applied(decided(once), once)
+    (proxy,) = [c for c in twice["spec"]["initContainers"] if c["name"] == "mantle-proxy"]
+    assert {"name": "MANTLE_PROXY_INBOUND_PORTS", "value": "8080,9000"} in proxy["env"]
+
+
+def test_who_only_calls_a_container_like_ours_is_refused_not_taken_for_meshed():
+    obj = pod(ENABLED)
+    obj["spec"]["containers"].append({"name": "mantle-proxy", "image": "evil"})
+    decision = decided(obj)
+    assert decision.outcome is Outcome.REFUSED
+    assert "container: 'mantle-proxy'" in decision.review["response"]["status"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason", "says"),
+    [
+        ({"hostNetwork": True}, Skip.HOST_NETWORK, "hostNetwork is enabled"),
+        (
+            {"initContainers": [{"name": "istio-init", "image": "x"}]},
+            Skip.FOREIGN_SIDECAR,
+            "pod has a sidecar injected already",
+        ),
+    ],
+)
+def test_a_pod_that_was_wanted_and_cannot_be_says_so_on_itself(spec, reason, says):
+    obj = pod(None, **spec)
+    decision = decided(obj, namespace(ENABLED))
+    result = applied(decision, obj)
+    assert result["metadata"].pop("annotations") == {"mantle.dev/injection-skipped": f"{reason}: {says}"}
+    assert result == obj
+    assert (decision.outcome, decision.reasons) == (Outcome.SKIPPED, (reason,))
+    assert decision.note.warning and says in decision.note.message
+    assert decision.review["response"]["warnings"] == [f"mantle: {decision.note.message}"]
+    once = applied(decision, obj)
+    again = decided(once, namespace(ENABLED))
+    assert again.note is None and applied(again, once) == once
+
+
+def test_a_pod_nobody_asked_about_is_left_alone_without_a_word():
+    for obj in (pod(), pod({"mantle.dev/inject": "disabled"}), pod(hostNetwork=True)):
+        decision = decided(obj)
+        assert applied(decision, obj) == obj
+        assert decision.note is None and decision.outcome is Outcome.SKIPPED
+
+
+def test_a_pod_that_opts_out_of_its_namespace_is_noted_and_not_touched():
+    obj = pod({"mantle.dev/inject": "disabled"})
+    decision = decided(obj, namespace(ENABLED))
+    assert applied(decision, obj) == obj
+    assert (decision.note.reason, decision.note.warning) == ("InjectionSkipped", False)
+
+
+def test_a_mirror_pod_is_not_changed_since_its_kubelet_would_not_follow():
+    obj = pod({"kubernetes.io/config.mirror": "hash"})
+    decision = decided(obj, namespace(ENABLED))
+    assert applied(decision, obj) == obj
+    assert decision.reasons == (Skip.STATIC,) and "kubelet" in decision.note.message
+
+
+def test_every_mistake_of_pod_and_namespace_is_in_one_refusal():
+    obj = pod(ENABLED | {"config.mantle.dev/proxy-await": "yes", "config.mantle.dev/opaque-prots": "1"})
+    decision = decided(obj, namespace({"config.mantle.dev/default-inbound-policy": "allow"}))
+    response = decision.review["response"]
+    assert (response["allowed"], response["status"]["code"]) == (False, 400)
+    message = response["status"]["message"]
+    assert "pod annotation config.mantle.dev/proxy-await: 'yes' is not accepted; use enabled or disabled" in message
+    assert "config.mantle.dev/opaque-ports if that was meant" in message
+    assert "namespace annotation config.mantle.dev/default-inbound-policy: 'allow'" in message
+    assert "all-authenticated" in message
+    assert (decision.note.reason, decision.note.warning) == ("InjectionRefused", True)
+
+
+def test_without_a_token_of_its_own_the_pod_is_meshed_and_that_is_said():
+    decision = decided(pod(ENABLED, automountServiceAccountToken=False))
+    assert decision.outcome is Outcome.INJECTED
+    assert "automountServiceAccountToken is false, which is fine" in decision.note.message
+    assert not decision.note.warning
+
+
+@pytest.mark.parametrize("level", ["baseline", "restricted"])
+def test_a_namespace_that_will_refuse_the_redirect_is_named_with_the_fix(level):
+    decision = decided(pod(ENABLED), namespace(labels={"pod-security.kubernetes.io/enforce": level}))
+    assert decision.note.warning
+    assert "pod-security.kubernetes.io/enforce=privileged" in decision.note.message
+    assert level in decision.review["response"]["warnings"][0]
+    calm = decided(pod(ENABLED), namespace(labels={"pod-security.kubernetes.io/enforce": "privileged"}))
+    assert not calm.note.warning
+
+
+def test_a_dry_run_is_answered_and_leaves_no_trace():
+    decision = decided(pod(ENABLED), dryRun=True)
+    assert decision.outcome is Outcome.INJECTED and "patch" in decision.review["response"]
+    assert decision.note is None
+
+
+def test_other_operations_and_objects_pass_unchanged():
+    for posted in (review(pod(ENABLED), "UPDATE"), review({"kind": "Service", "metadata": {}})):
+        decision = decide(posted, namespace(ENABLED), VALUES)
+        assert decision.outcome is Outcome.UNCHANGED
+        assert decision.review["response"] == {"uid": "r1", "allowed": True}
+
+
+def test_what_is_not_a_review_is_said_and_not_guessed():
+    for posted in ({}, {"apiVersion": "admission.k8s.io/v1beta1", "kind": "AdmissionReview", "request": {}}, []):
+        with pytest.raises(NotAReview, match=r"wanted admission\.k8s\.io/v1 AdmissionReview"):
+            decide(posted, {}, VALUES)
+
+
+def test_the_subject_is_what_is_known_before_the_pod_exists():
+    subject = pod_of(review(pod()))
+    assert (subject.namespace, subject.name, subject.generate_name) == ("shop", "", "web-5d9-")
+    assert subject.owner == Owner("apps/v1", "ReplicaSet", "web-5d9", "u1")
+
+
+def test_a_patch_escapes_names_and_replaces_only_what_differs():
+    before = {"a": {"x/y": 1, "m~n": 2, "same": [1]}, "gone": 1}
+    after = {"a": {"x/y": 3, "m~n": 2, "same": [1], "new": {}}}
+    assert json_patch(before, after) == [
+        {"op": "remove", "path": "/gone"},
+        {"op": "replace", "path": "/a/x~1y", "value": 3},
+        {"op": "add", "path": "/a/new", "value": {}},
+    ]
+    assert json_patch(after, after) == []
