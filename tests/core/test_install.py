@@ -74,9 +74,11 @@ def test_the_control_plane_comes_with_its_proxies_and_needs_no_webhook():
         template = pod(OBJECTS, component)
         assert {"mantle-init", "mantle-proxy", component} == set(containers(template))
     for hook in find(OBJECTS, "MutatingWebhookConfiguration", "mantle-injector")["webhooks"]:
-        assert {"key": "mantle.dev/control-plane-component", "operator": "DoesNotExist"} in hook["objectSelector"][
-            "matchExpressions"
+        (never,) = [
+            e for e in hook["namespaceSelector"]["matchExpressions"] if e["key"] == "kubernetes.io/metadata.name"
         ]
+        assert never["operator"] == "NotIn" and {"mantle", "kube-system"} <= set(never["values"])
+        assert "objectSelector" not in hook, "a label of the pod's own must not keep it out of the mesh"
 
 
 def test_the_api_server_is_reached_past_the_proxy_at_its_address_and_nothing_else_is():
