@@ -49,12 +49,15 @@ def pod(spec: str, **extra: str) -> tuple[manifest.Object, dict[manifest.ObjectI
     return parsed.objects[0], objects
 
 
+SERVICE_IPS = {"default/web-svc": "10.203.128.7"}
+
+
 def built(spec: str, on: plan.Machine | None = None, **extra: str) -> plan.Planned:
     item, objects = pod(spec, **extra)
     on = on or machine()
     want = plan.wanted(item, None, on)
     assert isinstance(want, plan.Wanted), want
-    return plan.build(want, on, objects, name="p", uid="u", ip="10.203.0.9", created=0.0)
+    return plan.build(want, on, objects, name="p", uid="u", ip="10.203.0.9", created=0.0, service_ips=SERVICE_IPS)
 
 
 BOX = "  containers:\n  - name: c\n    image: acme/web:1\n"
@@ -138,6 +141,25 @@ def test_environment_from_everywhere() -> None:
     )
     assert env["PORT"] == "red-8080" and env["WHO"] == "image" and env["SELF"] == "10.203.0.9" and env["APP"] == "p"
     assert env["PASSWORD"] == "hunter2" and "MISSING" not in env and env["CPUS"] == "1" and env["HOSTNAME"] == "p"
+
+
+def test_services_are_named_in_the_environment_as_on_a_cluster() -> None:
+    service = (
+        "kind: Service\nmetadata: {name: NAME}\nspec: {selector: {app: p}, %s"
+        "ports: [{name: http, port: 80}, {name: dns-udp, port: 53, protocol: UDP}]}"
+    )
+    services = {"web-svc": service % "", "headless": service % 'clusterIP: "None", '}
+    env = built(BOX + "    env: [{name: URL, value: http://$(WEB_SVC_SERVICE_HOST)}]\n", **services).spec.containers
+    application = next(c for c in env if c.name == "c").env
+    assert (application["WEB_SVC_SERVICE_HOST"], application["WEB_SVC_SERVICE_PORT"]) == ("10.203.128.7", "80")
+    assert application["WEB_SVC_PORT"] == application["WEB_SVC_PORT_80_TCP"] == "tcp://10.203.128.7:80"
+    assert application["WEB_SVC_SERVICE_PORT_DNS_UDP"] == "53" and application["URL"] == "http://10.203.128.7"
+    assert application["WEB_SVC_PORT_53_UDP"] == "udp://10.203.128.7:53"
+    assert application["WEB_SVC_PORT_53_UDP_ADDR"] == "10.203.128.7"
+    assert not [name for name in application if name.startswith("HEADLESS")]
+    assert "WEB_SVC_PORT" not in next(c for c in env if c.name == "mantle-proxy").env
+    alone = built("  enableServiceLinks: false\n" + BOX, **services).spec.containers
+    assert "WEB_SVC_PORT" not in next(c for c in alone if c.name == "c").env
 
 
 def test_volumes_become_files_tokens_and_mounts() -> None:

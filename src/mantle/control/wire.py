@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from mantle.core.endpoints import Add, Address, Endpoint, Endpoints, Hint, Nothing, Profile, Remove, Step, full, step
 from mantle.core.model import Key
-from mantle.core.policy import Authorization, Clients, ServerPolicy, ServicePolicy
+from mantle.core.policy import GRPC_HEALTH, Authorization, Clients, ServerPolicy, ServicePolicy
 from mantle.core.world import Network
 from mantle.gen.io.linkerd.proxy import destination_pb2 as destination
 from mantle.gen.io.linkerd.proxy import http_route_pb2 as http_route
@@ -149,9 +149,13 @@ def server_policy_bytes(policy: ServerPolicy) -> bytes:
 
 def _probe_routes(policy: ServerPolicy) -> list[inbound.HttpRoute]:
     """The probes' own route, and one for everything else: without the second it would be 404."""
-    get = http_types.HttpMethod(registered=http_types.HttpMethod.GET)
+    get, post = http_types.HttpMethod.GET, http_types.HttpMethod.POST
     matches = [
-        http_route.HttpRouteMatch(path=http_route.PathMatch(exact=path), method=get) for path in policy.probe_paths
+        http_route.HttpRouteMatch(
+            path=http_route.PathMatch(exact=path),
+            method=http_types.HttpMethod(registered=post if path == GRPC_HEALTH else get),
+        )
+        for path in policy.probe_paths
     ]
     probe = inbound.HttpRoute(
         metadata=meta.Metadata(default="probe"),

@@ -65,7 +65,7 @@ class Pod:
     proxy_started: bool = False
     """True once a `mantle-proxy` container of this pod has started: a labelled pod then has an identity."""
     probe_paths: tuple[tuple[int, str], ...] = ()
-    """(port, path) of each httpGet probe: reachable without identity where the policy would refuse."""
+    """(port, path) of each httpGet and grpc probe: reachable without identity where the policy would refuse."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ AUTHENTICATED = {"all-unauthenticated": "all-authenticated", "cluster-unauthenti
 first.
 """
 
+GRPC_HEALTH = "/grpc.health.v1.Health/Check"
+"""The path of a grpc probe; it is a POST, where an httpGet probe is a GET."""
+
 TLS_ONLY = "all-tls-unauthenticated"
 CERTIFY_PORT = 8080
 """Identity's: asked by proxies that have no certificate yet, but never in plaintext, as they show their token."""
@@ -53,7 +56,7 @@ class ServerPolicy:
     opaque: bool
     authorizations: tuple[Authorization, ...]
     probe_paths: tuple[str, ...] = ()
-    """GET of these paths is allowed from `probe_networks` whatever the authorizations say."""
+    """What probes ask for: allowed from `probe_networks` whatever the authorizations say."""
     probe_networks: tuple[Network, ...] = ()
 
 

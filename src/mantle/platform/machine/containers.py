@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
+from mantle.core.policy import GRPC_HEALTH
 from mantle.platform.machine import images as img
 from mantle.platform.machine import volumes as vol
 from mantle.platform.machine.manifest import Object, ObjectId
@@ -104,8 +105,9 @@ def build(
     machine: Machine,
     hostname: str,
     volume_root: str,
+    links: Mapping[str, str],
 ) -> Built:
-    """All containers of a pod, in start order, and what they share."""
+    """All containers of a pod, in start order, and what they share. `links`: variables that name the services."""
     built = Built(volumes=vol.volumes(spec, objects, me))
     sources = {v.name: v.source or f"{volume_root}/{v.name}" for v in built.volumes}
     kinds = {v.name: v for v in built.volumes}
@@ -115,7 +117,7 @@ def build(
             found = programs[box["name"]]
             built.expose.update(found.expose)
             uid, gid, groups, home = _user(box, spec, machine)
-            env = environment(box, found, me, objects, machine, hostname, home)
+            env = environment(box, found, me, objects, machine, hostname, home, {} if found.own else links)
             mounts = []
             for mount in box.get("volumeMounts") or []:
                 source = sources[mount["name"]]
@@ -177,11 +179,12 @@ def environment(
     machine: Machine,
     hostname: str,
     home: str,
+    links: Mapping[str, str],
 ) -> dict[str, str]:
-    """What the process sees: the machine's basics, the image's, then `envFrom` and `env` in order, `$(VAR)`
-    expanded.
+    """What the process sees: the machine's basics, the image's, the services, then `envFrom` and `env` in order,
+    `$(VAR)` expanded.
     """
-    env = {"PATH": ":".join(machine.search), "HOSTNAME": hostname, "HOME": home, **found.program.env}
+    env = {"PATH": ":".join(machine.search), "HOSTNAME": hostname, "HOME": home, **found.program.env, **links}
     for source in box.get("envFrom") or []:
         kind, ref = (
             ("ConfigMap", source.get("configMapRef")) if source.get("configMapRef") else ("Secret", source["secretRef"])
@@ -237,15 +240,22 @@ def probe(box: Mapping[str, Any], key: str, at_once: bool) -> ProbeSpec | None:
         return ProbeSpec(http=target, http_headers=headers, **times)  # type: ignore[arg-type]
     if tcp := value.get("tcpSocket"):
         return ProbeSpec(tcp=int(named.get(tcp["port"], tcp["port"])), **times)  # type: ignore[arg-type]
+    if grpc := value.get("grpc"):
+        return ProbeSpec(grpc=(grpc["port"], grpc.get("service") or ""), **times)  # type: ignore[arg-type]
     return ProbeSpec(exec=tuple(value["exec"]["command"]), **times)  # type: ignore[arg-type]
 
 
 def probe_paths(spec: Mapping[str, Any]) -> list[list[Any]]:
-    """[port, path] of every httpGet probe: these are answered although the client has no identity."""
-    out = []
+    """[port, path] of every httpGet and grpc probe: these are answered although the client has no identity."""
+    out: list[list[Any]] = []
     for box in all_of(spec):
         for key in ("startupProbe", "readinessProbe", "livenessProbe"):
             made = probe(box, key, False)
-            if made is not None and made.http is not None and [made.http[1], made.http[2]] not in out:
-                out.append([made.http[1], made.http[2]])
+            asked = None
+            if made is not None and made.http is not None:
+                asked = [made.http[1], made.http[2]]
+            elif made is not None and made.grpc is not None:
+                asked = [made.grpc[0], GRPC_HEALTH]
+            if asked is not None and asked not in out:
+                out.append(asked)
     return out

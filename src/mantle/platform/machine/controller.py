@@ -161,6 +161,7 @@ class Controller:
                     uid=state.spec.uid,
                     ip=state.spec.ip,
                     created=meta["created"],
+                    service_ips=self._service_ips.given,
                 )
                 self._write_volumes(planned.spec.uid, planned.volumes, planned.owners, planned.sub_paths)
 
@@ -248,6 +249,7 @@ class Controller:
             uid=uid,
             ip=str(ipaddress.IPv4Address(address)),
             created=now,
+            service_ips=self._service_ips.given,
         )
         state = PodState(planned.spec, PodStatus(uid, Phase.PENDING), starting=True)
         self.pods[uid] = state

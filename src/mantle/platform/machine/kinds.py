@@ -103,9 +103,7 @@ PROBE = Obj(
         ),
         "tcpSocket": Obj({"port": PORT_OR_NAME, "host": _NO_PROBE_HOST}, ("port",)),
         "exec": Obj({"command": Seq(TEXT)}, ("command",)),
-        "grpc": Refused(
-            "grpc probes are not sent on one machine", "use tcpSocket, or exec with a health client", (None,)
-        ),
+        "grpc": Obj({"port": PORT, "service": TEXT}, ("port",)),
         "initialDelaySeconds": NUMBER,
         "periodSeconds": POSITIVE,
         "timeoutSeconds": POSITIVE,
@@ -113,7 +111,7 @@ PROBE = Obj(
         "failureThreshold": POSITIVE,
         "terminationGracePeriodSeconds": _SILENT,
     },
-    one_of=("httpGet", "tcpSocket", "exec"),
+    one_of=("httpGet", "tcpSocket", "grpc", "exec"),
 )
 CONTAINER = Obj(
     {
@@ -271,6 +269,7 @@ POD_SPEC = Obj(
         "serviceAccountName": NAME,
         "serviceAccount": NAME,
         "automountServiceAccountToken": BOOL,
+        "enableServiceLinks": BOOL,
         "securityContext": Obj(
             {
                 "runAsUser": USER,
@@ -295,7 +294,7 @@ POD_SPEC = Obj(
         ),
         **_silent(
             "schedulerName priorityClassName priority preemptionPolicy runtimeClassName overhead os "
-            "imagePullSecrets enableServiceLinks shareProcessNamespace setHostnameAsFQDN hostUsers "
+            "imagePullSecrets shareProcessNamespace setHostnameAsFQDN hostUsers "
             "readinessGates resourceClaims resources"
         ),
         "schedulingGates": _not_here("a scheduling gate"),

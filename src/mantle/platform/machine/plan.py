@@ -18,6 +18,7 @@ from mantle.core import inject
 from mantle.core.proxy_env import Values
 from mantle.platform.machine import containers as boxes
 from mantle.platform.machine import images as img
+from mantle.platform.machine import services as svc
 from mantle.platform.machine import volumes as vol
 from mantle.platform.machine.manifest import Object, ObjectId, containers, service_account, template
 from mantle.platform.machine.spec import PodSpec, Restart
@@ -202,9 +203,19 @@ def _host_paths(item: Object, pod: Any, machine: Machine) -> Iterable[Mistake]:
 
 
 def build(
-    want: Wanted, machine: Machine, objects: Mapping[ObjectId, Object], *, name: str, uid: str, ip: str, created: float
+    want: Wanted,
+    machine: Machine,
+    objects: Mapping[ObjectId, Object],
+    *,
+    name: str,
+    uid: str,
+    ip: str,
+    created: float,
+    service_ips: Mapping[str, str],
 ) -> Planned:
-    """One pod of a workload. `created` is Unix time in seconds, kept for the pod's age."""
+    """One pod of a workload. `created` is Unix time in seconds, kept for the pod's age; `service_ips` by
+    `namespace/name`.
+    """
     meta, spec = want.pod["metadata"], want.pod["spec"]
     pod = template(want.item)
     assert pod is not None
@@ -224,7 +235,9 @@ def build(
         memory=machine.memory,
     )
     hostname = (spec.get("hostname") or name)[:63].rstrip("-.")
-    built = boxes.build(spec, want.programs, me, objects, machine, hostname, f"{machine.state_dir}/pods/{uid}/volumes")
+    links = {} if spec.get("enableServiceLinks") is False else svc.links(objects.values(), namespace, service_ips)
+    volume_root = f"{machine.state_dir}/pods/{uid}/volumes"
+    built = boxes.build(spec, want.programs, me, objects, machine, hostname, volume_root, links)
     ports = [
         [p.get("name", ""), p["containerPort"], p.get("protocol", "TCP")]
         for b in boxes.all_of(spec)

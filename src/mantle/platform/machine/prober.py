@@ -1,4 +1,4 @@
-"""Sends HTTP and TCP probes from the router's address, as a kubelet does from its node: outside the mesh.
+"""Sends HTTP, gRPC and TCP probes from the router's address, as a kubelet does from its node: outside the mesh.
 
 What the answers mean is `probes.py`. A probe uses one connection, never redirects, and reads no more than a head.
 """
@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Awaitable, Callable
 
 from mantle import __version__
+from mantle.platform.machine import grpc_health
 from mantle.platform.machine.spec import ProbeSpec
 
 OpenSocket = Callable[[], Awaitable[socket.socket]]
@@ -26,6 +27,8 @@ async def send(spec: ProbeSpec, ip: str, open_socket: OpenSocket) -> tuple[bool,
             if spec.tcp is not None:
                 await _connect(ip, spec.tcp, open_socket, lambda _: _nothing())
                 return True, ""
+            if spec.grpc is not None:
+                return await _grpc(*spec.grpc, ip, open_socket)
             if spec.http is None:
                 return False, "an exec probe has no address"
             return await _http(spec, ip, open_socket)
@@ -49,6 +52,21 @@ async def _connect(
         await use(sock)
     finally:
         sock.close()
+
+
+async def _grpc(port: int, service: str, ip: str, open_socket: OpenSocket) -> tuple[bool, str]:
+    answer = grpc_health.Answer()
+
+    async def talk(sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(sock, grpc_health.request(f"{ip}:{port}", service))
+        while not answer.over:
+            answer.feed(await loop.sock_recv(sock, _MOST_HEAD))
+            reply, answer.reply = answer.reply, b""
+            await loop.sock_sendall(sock, reply)
+
+    await _connect(ip, port, open_socket, talk)
+    return answer.outcome()
 
 
 async def _http(spec: ProbeSpec, ip: str, open_socket: OpenSocket) -> tuple[bool, str]:

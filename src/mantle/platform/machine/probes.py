@@ -151,4 +151,4 @@ class Probes:
 
 
 def _same(a: ProbeSpec, b: ProbeSpec) -> bool:
-    return (a.http, a.tcp, a.exec) == (b.http, b.tcp, b.exec)
+    return (a.http, a.tcp, a.grpc, a.exec) == (b.http, b.tcp, b.grpc, b.exec)

@@ -91,6 +91,29 @@ def table(services: Mapping[Key, Service], pods: Iterable[Pod]) -> tuple[Row, ..
     return tuple(sorted(rows, key=lambda r: (ipaddress.IPv4Address(r.vip), r.port, r.protocol)))
 
 
+def links(objects: Iterable[Object], namespace: str, addresses: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which a pod finds the services of its namespace (Kubernetes: "Accessing the Service"), the older
+    ones in the form of Docker's links too. `addresses`: by `namespace/name`.
+    """
+    out: dict[str, str] = {}
+    for item in objects:
+        ports = item.doc["spec"].get("ports") or [] if item.kind == "Service" and item.namespace == namespace else []
+        ip = addresses.get(f"{namespace}/{item.name}")
+        if not ports or ip is None or is_headless(item):
+            continue
+        name = item.name.upper().replace("-", "_")
+        out[f"{name}_SERVICE_HOST"], out[f"{name}_SERVICE_PORT"] = ip, str(ports[0]["port"])
+        for index, port in enumerate(ports):
+            number, protocol = str(port["port"]), port.get("protocol") or "TCP"
+            if port.get("name"):
+                out[f"{name}_SERVICE_PORT_{port['name'].upper().replace('-', '_')}"] = number
+            url, one = f"{protocol.lower()}://{ip}:{number}", f"{name}_PORT_{number}_{protocol}"
+            if index == 0:
+                out[f"{name}_PORT"] = url
+            out |= {one: url, f"{one}_PROTO": protocol.lower(), f"{one}_PORT": number, f"{one}_ADDR": ip}
+    return out
+
+
 def preferred_address(namespace: str, name: str, first: int, last: int) -> int:
     """Where a service's address is looked for first: the same for the same name, so it survives a restart."""
     digest = hashlib.sha256(f"{namespace}/{name}".encode()).digest()

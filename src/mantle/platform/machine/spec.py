@@ -29,13 +29,15 @@ class Restart(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProbeSpec:
-    """One probe. Exactly one of `http`, `tcp`, `exec` is set. The daemon sends http and tcp from the router; the
-    supervisor runs exec."""
+    """One probe. Exactly one of `http`, `tcp`, `grpc`, `exec` is set. The supervisor runs exec; the daemon sends the
+    others from the router."""
 
     http: tuple[str, int, str] | None = None
     """(scheme, port, path)"""
     http_headers: tuple[tuple[str, str], ...] = ()
     tcp: int | None = None
+    grpc: tuple[int, str] | None = None
+    """(port, service)"""
     exec: tuple[str, ...] | None = None
     initial_delay: float = 0.0
     period: float = 10.0
@@ -212,6 +214,9 @@ def _probe(data: Mapping[str, Any]) -> ProbeSpec:
     if values.get("http") is not None:
         scheme, port, path = values["http"]
         values["http"] = (scheme, port, path)
+    if values.get("grpc") is not None:
+        port, service = values["grpc"]
+        values["grpc"] = (port, service)
     if values.get("exec") is not None:
         values["exec"] = tuple(values["exec"])
     values["http_headers"] = tuple((name, value) for name, value in values.get("http_headers", ()))
