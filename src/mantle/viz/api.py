@@ -1,14 +1,15 @@
-"""viz's API for the CLI: HTTP and JSON on a Unix socket, which file permissions guard and the daemon relays.
+"""viz's answers, and its API on one machine: HTTP and JSON on a Unix socket, which file permissions guard and which
+the daemon relays. `aggregated.py` gives the same answers to a cluster's users.
 
-`GET /v1/edges`, `GET /v1/stat`, `GET /v1/summary`, `POST /v1/tap` (NDJSON until the client goes). Requests are parsed
-here, once, with every mistake reported at once; answers are made by `edges`, `stat` and `tap`.
+`GET /v1/VIEW` for each of `Api.views`, `POST /v1/tap` (NDJSON until the client goes). Requests are parsed here, once,
+with every mistake reported at once; answers are made by `edges`, `stat` and `tap`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -26,6 +27,10 @@ MAX_WINDOW_SECONDS = 15 * 60.0
 HEARTBEAT_SECONDS = 2.0
 """Between the empty lines of a tap: they show each relay on the way that its reader is gone, even without events."""
 MAX_BODY_BYTES = 64 << 10
+
+
+View = Callable[[Mapping[str, str]], Awaitable[dict[str, Any]]]
+"""A view: from the fields of a query to an object. Raises `BadRequest`."""
 
 
 class BadRequest(Exception):
@@ -48,17 +53,17 @@ class Api:
     def __init__(self, world: World, source: MetricsSource, proxies: tap.Observes, health: HealthOf) -> None:
         self._world, self._source, self._proxies, self._health = world, source, proxies, health
         self.open_taps = 0
+        self.views: Mapping[str, View] = {"edges": self.edges, "stat": self.stat, "summary": self.summary}
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors])
-        app.router.add_get("/v1/edges", self.edges)
-        app.router.add_get("/v1/stat", self.stat)
-        app.router.add_get("/v1/summary", self.summary)
-        app.router.add_post("/v1/tap", self.tap)
+        for name, view in self.views.items():
+            app.router.add_get(f"/v1/{name}", _answering(view))
+        app.router.add_post("/v1/tap", self._tap)
         return app
 
-    async def edges(self, request: web.Request) -> web.Response:
-        fields = _Fields(request.query)
+    async def edges(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        fields = _Fields(asked)
         kind = fields.one_of("resource", edges.KINDS, default="deployment")
         namespace = fields.namespace()
         window = fields.window(EDGES_WINDOW_SECONDS)
@@ -67,10 +72,10 @@ class Api:
         addresses = self._world.addresses
         traffic = selected.with_an_end(await self._source.traffic(window), addresses.pods, labels)
         rows = edges.edge_rows(traffic, addresses, edges.EdgeQuery(kind, namespace))
-        return web.json_response({"edges": rows, "window_seconds": traffic.seconds})
+        return {"edges": rows, "window_seconds": traffic.seconds}
 
-    async def stat(self, request: web.Request) -> web.Response:
-        fields = _Fields(request.query)
+    async def stat(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        fields = _Fields(asked)
         kind = fields.one_of("resource", stat.KINDS)
         namespace = fields.namespace()
         window = fields.window(STAT_WINDOW_SECONDS)
@@ -79,36 +84,35 @@ class Api:
             fields.wrong("to and from exclude each other", "leave one of them out")
         labels = fields.selector()
         fields.done()
-        query = stat.StatQuery(kind, namespace, request.query.get("name", ""), to, from_)
+        query = stat.StatQuery(kind, namespace, fields.text("name"), to, from_)
         traffic = selected.measured_at(await self._source.traffic(window), self._world.addresses.pods, labels)
         rows = stat.stat_rows(traffic, selected.snapshot_of(self._world.snapshot, labels), query)
-        return web.json_response({"rows": rows, "window_seconds": traffic.seconds})
+        return {"rows": rows, "window_seconds": traffic.seconds}
 
-    async def summary(self, request: web.Request) -> web.Response:
+    async def summary(self, asked: Mapping[str, str]) -> dict[str, Any]:
         """What `check` and `demo` ask: every edge by its worst state, and how scraping goes."""
-        fields = _Fields(request.query)
+        fields = _Fields(asked)
+        namespace = fields.namespace() if fields.text("namespace") else None
         window = fields.window(EDGES_WINDOW_SECONDS)
         fields.done()
         traffic = await self._source.traffic(window)
-        rows = edges.edge_rows(traffic, self._world.addresses, edges.EdgeQuery("deployment", None))
+        rows = edges.edge_rows(traffic, self._world.addresses, edges.EdgeQuery("deployment", namespace))
         rows = [row for row in rows if not row["control"]]
         health = self._health.health()
-        return web.json_response(
-            {
-                "edges": rows,
-                "secured": sum(not row["no_tls_reason"] for row in rows),
-                "pods_seen": health.pods,
-                "failing": health.failing,
-                "scrape_age_seconds": health.age_seconds,
-            }
-        )
+        return {
+            "edges": rows,
+            "secured": sum(not row["no_tls_reason"] for row in rows),
+            "pods_seen": health.pods,
+            "failing": {pod: why for pod, why in health.failing.items() if namespace in (None, pod.partition("/")[0])},
+            "scrape_age_seconds": health.age_seconds,
+        }
 
-    async def tap(self, request: web.Request) -> web.StreamResponse:
-        query = _tap_query(await _body(request))
-        try:
-            tap.choose(self._world, query)
-        except tap.NothingToTap as error:
-            return _failure(404, [(error.message, error.fix)])
+    async def _tap(self, request: web.Request) -> web.StreamResponse:
+        return await self.tap(request, tap_query(await parse_body(request)))
+
+    async def tap(self, request: web.Request, query: tap_events.TapQuery) -> web.StreamResponse:
+        """The events of `query` until the client goes. Raises `tap.NothingToTap`."""
+        tap.choose(self._world, query)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
 
@@ -130,6 +134,13 @@ class Api:
         finally:
             self.open_taps -= 1
         return response
+
+
+def _answering(view: View) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        return web.json_response(await view(request.query))
+
+    return handle
 
 
 class _Fields:
@@ -191,7 +202,7 @@ def _peer(fields: _Fields, name: str, namespace: str) -> stat.Peer | None:
     return stat.Peer(kind, peer, fields.text(f"{name}_namespace") or namespace)
 
 
-async def _body(request: web.Request) -> Mapping[str, Any]:
+async def parse_body(request: web.Request) -> Mapping[str, Any]:
     try:
         body = await request.json()
     except ValueError:
@@ -201,8 +212,8 @@ async def _body(request: web.Request) -> Mapping[str, Any]:
     return body
 
 
-def _tap_query(body: Mapping[str, Any]) -> tap_events.TapQuery:
-    """The query of `POST /v1/tap`. Raises `BadRequest` with everything that is wrong."""
+def tap_query(body: Mapping[str, Any]) -> tap_events.TapQuery:
+    """The query of a tap. Raises `BadRequest` with everything that is wrong."""
     mistakes: list[tuple[str, str]] = []
 
     def target(name: str) -> tap_events.Target | None:
@@ -258,6 +269,8 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         return response
     except BadRequest as error:
         return _failure(400, error.mistakes)
+    except tap.NothingToTap as error:
+        return _failure(404, [(error.message, error.fix)])
     except web.HTTPException as error:
         return _failure(error.status, [(f"{request.method} {request.path}: {error.reason}", "")])
 
