@@ -8,19 +8,14 @@ import ssl
 import stat
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from certificates import Certificate
 from click.testing import CliRunner, Result
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from mantle.cli import machine_client
 from mantle.cli.main import cli
@@ -35,35 +30,6 @@ FORBIDDEN = {
 }
 
 
-class Certificate:
-    """A certificate made for one test; `parent` None: it signs itself."""
-
-    def __init__(self, name: str, parent: Certificate | None = None) -> None:
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        issuer = parent or self
-        now = datetime.now(UTC)
-        self.certificate = (
-            x509.CertificateBuilder()
-            .subject_name(self.name)
-            .issuer_name(issuer.name)
-            .public_key(self.key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=parent is None, path_length=None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key()), critical=False)
-            .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1")), x509.DNSName(name)]),
-                critical=False,
-            )
-            .sign(issuer.key, hashes.SHA256())
-        )
-        self.pem = self.certificate.public_bytes(Encoding.PEM)
-        self.key_pem = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
 class ApiServer(ThreadingHTTPServer):
     """Answers views, and tap as two events; keeps (method, path, query or body, headers, client's name)."""
 
@@ -76,7 +42,7 @@ class ApiServer(ThreadingHTTPServer):
         self.status: tuple[int, Any] | None = None
         self.ca = Certificate("a cluster's CA")
         server = Certificate("kube.example", self.ca)
-        (directory / "server.pem").write_bytes(server.pem + server.key_pem)
+        server.write(directory / "server.pem")
         (directory / "ca.pem").write_bytes(self.ca.pem)
         super().__init__(("127.0.0.1", 0), Handler)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
