@@ -12,8 +12,9 @@ from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import json_text, left_table, write
 from mantle.cli.resource import checked_selector, parse
 from mantle.cli.target import namespace_of, target
+from mantle.core.views import WORKLOADS
 
-KINDS = ("deployment", "job", "namespace", "pod")
+KINDS = (*WORKLOADS, "namespace", "pod")
 SECURED = "secured"
 
 

@@ -12,8 +12,9 @@ from mantle.cli.live_certificate import LiveCertificate, fetch
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Failure, escape, json_text, write
 from mantle.cli.resource import Resource, parse
+from mantle.core.views import WORKLOADS
 
-KINDS = ("deployment", "job", "namespace", "pod")
+KINDS = (*WORKLOADS, "namespace", "pod")
 
 
 @mesh_command()

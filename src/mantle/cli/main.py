@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tap": ("mantle.cli.tap:command", "Watch requests as they happen, with their TLS state."),
     "edges": ("mantle.cli.edges:command", "Show who talks to whom, with both identities, or why not encrypted."),
     "stat": ("mantle.cli.stat:command", "Show success rate, request rate, latency and share of TLS."),
+    "top": ("mantle.cli.top:command", "Show the busiest requests, with latency and success, as they happen."),
     "check": ("mantle.cli.check:command", "Find what is wrong with this machine, the mesh or its traffic."),
     "identity": ("mantle.cli.identity:command", "Show the certificate that a workload uses now."),
     "version": ("mantle.cli.version:command", "Show the versions of both programs and of the running mesh."),

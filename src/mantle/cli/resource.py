@@ -17,18 +17,21 @@ from mantle.core.selector import parse as parse_selector
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "authority": ("authorities", "au"),
+    "cronjob": ("cronjobs", "cj"),
+    "daemonset": ("daemonsets", "ds"),
     "deployment": ("deployments", "deploy"),
     "job": ("jobs",),
     "namespace": ("namespaces", "ns"),
     "pod": ("pods", "po"),
+    "replicaset": ("replicasets", "rs"),
+    "replicationcontroller": ("replicationcontrollers", "rc"),
     "service": ("services", "svc"),
+    "statefulset": ("statefulsets", "sts"),
 }
 """Each kind by its singular name, with the other names it has."""
 
 KINDS = {alias: kind for kind, names in ALIASES.items() for alias in (kind, *names)}
-SHORT = {
-    "authority": "au", "deployment": "deploy", "job": "job", "namespace": "ns", "pod": "po", "service": "svc"
-}  # fmt: skip
+SHORT = {kind: names[-1] if kind != "job" else kind for kind, names in ALIASES.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,12 @@ import click
 from mantle.cli.duration import seconds_of
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import json_text, right_table, write
-from mantle.cli.resource import checked_selector, kind_of, parse
+from mantle.cli.resource import SHORT, Resource, checked_selector, kind_of, parse
 from mantle.cli.target import target as target_of
+from mantle.core.views import WORKLOADS
 
-KINDS = ("authority", "deployment", "job", "namespace", "pod", "service")
+KINDS = ("authority", *WORKLOADS, "namespace", "pod", "service")
+ALL = "all"
 MIN_WINDOW_SECONDS = 15
 
 
@@ -37,11 +39,11 @@ def command(
 ) -> None:
     """Show success rate, request rate, latency and share of TLS.
 
-    Of deployments, jobs, pods and namespaces it counts what came in; of services and authorities what the pods of the
-    namespace sent there.
+    Of workloads, pods and namespaces it counts what came in; of services and authorities what the pods of the namespace
+    sent there. `all` is every kind but namespaces, with a table for each.
     """
     output = flags.output_of("table", "wide", "json")
-    target = parse(resource, KINDS)
+    target = Resource(ALL) if resource == (ALL,) else parse(resource, KINDS)
     window = seconds_of(time_window)
     if window < MIN_WINDOW_SECONDS:
         raise click.UsageError("metrics time window needs to be at least 15s")
@@ -65,9 +67,16 @@ def command(
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, wide: bool = False, namespaces: bool = False) -> str:
-    """The columns of the model system, or `No traffic found.`"""
+    """The columns of the model system, or `No traffic found.` Rows of several kinds are a table for each, with names
+    that say the kind.
+    """
     if not rows:
         return "No traffic found.\n"
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    if len(kinds) > 1:
+        named = [{**row, "name": f"{SHORT[row['kind']]}/{row['name']}"} for row in rows]
+        tables = ([row for row in named if row["kind"] == kind] for kind in kinds)
+        return "\n".join(table(rows, wide=wide, namespaces=namespaces) for rows in tables)
     status = rows[0]["kind"] == "pod"
     header = ["NAMESPACE"] * namespaces + ["NAME"] + ["STATUS"] * status
     header += ["MESHED", "SUCCESS", "RPS", "LATENCY_P50", "LATENCY_P95", "LATENCY_P99"]

@@ -16,8 +16,9 @@ from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import escape, json_line, write
 from mantle.cli.resource import Resource, checked_selector, parse
 from mantle.cli.target import target as target_of
+from mantle.core.views import TAPPED
 
-KINDS = ("deployment", "job", "namespace", "pod", "service")
+KINDS = TAPPED
 
 GRPC_CODES = (
     "OK", "Canceled", "Unknown", "InvalidArgument", "DeadlineExceeded", "NotFound", "AlreadyExists",
@@ -63,7 +64,7 @@ def command(
     mesh = target_of(flags, json=output == "json")
     namespace = flags.namespace or mesh.default_namespace
     body = {
-        "to": None if to is None and to_namespace is None else _to(to, to_namespace or namespace),
+        "to": to_object(to, to_namespace, namespace),
         "method": method,
         "path": path,
         "authority": authority,
@@ -82,7 +83,11 @@ def command(
         return
 
 
-def _to(to: str | None, namespace: str) -> dict[str, str]:
+def to_object(to: str | None, to_namespace: str | None, namespace: str) -> dict[str, str] | None:
+    """What `--to` and `--to-namespace` mean to viz; None: neither was given."""
+    if to is None and to_namespace is None:
+        return None
+    namespace = to_namespace or namespace
     return _object(Resource("namespace", namespace) if to is None else parse([to], KINDS), namespace)
 
 

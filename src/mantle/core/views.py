@@ -23,9 +23,10 @@ TAP_ROLE = "mantle-viz-tap-admin"
 VIEW_ROLE = "mantle-viz-view"
 """The ClusterRole that may see every view but tap."""
 
-PLURALS: Mapping[str, str] = MappingProxyType(
-    {"deployment": "deployments", "job": "jobs", "namespace": "namespaces", "pod": "pods", "service": "services"}
-)
+WORKLOADS = ("cronjob", "daemonset", "deployment", "job", "replicaset", "replicationcontroller", "statefulset")
+"""Kinds that own pods."""
+TAPPED = (*WORKLOADS, "namespace", "pod", "service")
+PLURALS: Mapping[str, str] = MappingProxyType({kind: f"{kind}s" for kind in TAPPED})
 """Kinds that can be watched, with their names in paths."""
 KIND_OF_PLURAL: Mapping[str, str] = MappingProxyType({plural: kind for kind, plural in PLURALS.items()})
 

@@ -76,7 +76,7 @@ class Api:
 
     async def stat(self, asked: Mapping[str, str]) -> dict[str, Any]:
         fields = _Fields(asked)
-        kind = fields.one_of("resource", stat.KINDS)
+        kind = fields.one_of("resource", (*stat.KINDS, "all"))
         namespace = fields.namespace()
         window = fields.window(STAT_WINDOW_SECONDS)
         to, from_ = (_peer(fields, name, namespace or "default") for name in ("to", "from"))
@@ -84,9 +84,11 @@ class Api:
             fields.wrong("to and from exclude each other", "leave one of them out")
         labels = fields.selector()
         fields.done()
-        query = stat.StatQuery(kind, namespace, fields.text("name"), to, from_)
+        kinds = stat.ALL if kind == "all" else (kind,)
+        queries = [stat.StatQuery(one, namespace, fields.text("name"), to, from_) for one in kinds]
         traffic = selected.measured_at(await self._source.traffic(window), self._world.addresses.pods, labels)
-        rows = stat.stat_rows(traffic, selected.snapshot_of(self._world.snapshot, labels), query)
+        snapshot = selected.snapshot_of(self._world.snapshot, labels)
+        rows = [row for query in queries for row in stat.stat_rows(traffic, snapshot, query)]
         return {"rows": rows, "window_seconds": traffic.seconds}
 
     async def summary(self, asked: Mapping[str, str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mantle.core.model import Pod, Snapshot
 from mantle.core.reasons import Unproven
+from mantle.core.views import WORKLOADS
 from mantle.viz.mesh import is_live, is_meshed
 from mantle.viz.source import (
     CLIENTS_OPEN,
@@ -30,7 +31,7 @@ from mantle.viz.source import (
     reason_word,
 )
 
-KINDS = ("deployment", "job", "namespace", "pod")
+KINDS = (*WORKLOADS, "namespace", "pod")
 SECURED = "secured"
 MAX_REMEMBERED = 4096
 """Addresses of pods that are gone, newest last."""
@@ -215,7 +216,7 @@ def _destination(point: Point, addresses: Addresses, kind: str) -> _End:
             return _End(namespace, namespace)
         if name := point.label(f"dst_{kind}"):
             return _End(namespace, name)
-        for other in ("deployment", "job", "pod"):
+        for other in (*WORKLOADS, "pod"):
             if name := point.label(f"dst_{other}"):
                 return _End(namespace, f"{other}/{name}")
     target = point.label("target_ip") or point.label("target_addr").rpartition(":")[0].strip("[]")

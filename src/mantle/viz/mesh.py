@@ -41,7 +41,7 @@ def selected_by(service: Service, pods: Iterable[Pod]) -> list[Pod]:
 def pods_of(snapshot: Snapshot, kind: str, name: str, namespace: str) -> list[Pod]:
     """The live pods of a resource, sorted by name; an empty `name` means every resource of that kind in `namespace`.
 
-    `kind` is one of namespace, pod, service, deployment, job; a namespace is `name`, else `namespace`.
+    `kind` is one of `core.views.TAPPED`; a namespace is `name`, else `namespace`.
     """
     pods = sorted((pod for pod in snapshot.pods.values() if is_live(pod)), key=lambda pod: str(pod.key))
     if kind == "namespace":

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mantle.core.model import Pod, Snapshot
+from mantle.core.views import WORKLOADS
 from mantle.viz.mesh import is_live, is_meshed
 from mantle.viz.source import LATENCY_BUCKET, RESPONSES, TCP_OPEN, TCP_READ, TCP_WRITTEN, Point, Traffic
 
-KINDS = ("authority", "deployment", "job", "namespace", "pod", "service")
+KINDS = ("authority", *WORKLOADS, "namespace", "pod", "service")
+ALL = (*WORKLOADS, "pod", "service", "authority")
+"""What `all` means, in the order to show it."""
 MIN_WINDOW_SECONDS = 15
 
 

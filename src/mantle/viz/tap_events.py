@@ -16,11 +16,12 @@ from google.protobuf.duration_pb2 import Duration
 
 from mantle.core.model import Pod, Snapshot
 from mantle.core.selector import EVERYTHING, Selector
+from mantle.core.views import TAPPED
 from mantle.gen.io.linkerd.proxy import http_types_pb2, net_pb2, tap_pb2
 from mantle.viz.mesh import CONTROL_PLANE_LABEL, pods_of
 from mantle.viz.source import reason_word
 
-TARGET_KINDS = ("deployment", "job", "namespace", "pod", "service")
+TARGET_KINDS = TAPPED
 DEFAULT_MAX_RPS = 100.0
 _DIRECTION = {
     tap_pb2.TapEvent.INBOUND: "INBOUND",
