@@ -99,6 +99,22 @@ def test_service_addresses(host: Any, echo: ContainerSpec) -> None:
     host.play(scene)
 
 
+def test_a_udp_client_leaves_an_endpoint_that_is_gone(host: Any, echo: ContainerSpec) -> None:
+    """From one port, as a resolver or a game asks: the kernel would send all of it to the first endpoint for ever."""
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            await three(mesh, echo)
+            ask = f"""
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(("", 5353)); u.settimeout(20); u.connect(("{VIP}", 53))
+u.send(b"?"); print(u.recv(100).decode())"""
+            for ip, name in ((B, "pod-b"), (C, "pod-c"), (B, "pod-b")):
+                await mesh.node.services([ServicePort(VIP, 53, ((ip, 8080),), "UDP")])
+                assert [await mesh.ask("a", ask) for _ in range(2)] == [name, name]
+
+    host.play(scene)
+
+
 def test_many_services_fit(root_host: Any) -> None:
     async def scene() -> None:
         async with root_host.mesh() as mesh:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mantle.platform.machine import nft
+from mantle.platform.machine.conntrack import Flows
 from mantle.platform.machine.netlink import ROUTE_UNREACHABLE, NetlinkError, Route
 from mantle.platform.machine.spec import NodeConfig, ServicePort
 
@@ -35,6 +36,7 @@ class Router:
         self._config = config
         self._route = Route()
         self._rules = nft.Batch("router", nft.FAMILY_INET)
+        self._flows = Flows()
         self._links: dict[str, int] = {}
         self._services: dict[ServicePort, Elements] = {}
         for name, value in (
@@ -138,6 +140,14 @@ class Router:
                     if not remove:
                         self._services[entry] = elements
             self._rules.commit()
+        stay = {(entry.ip, entry.port): set(entry.endpoints) for entry in come if entry.protocol == "UDP"}
+        for entry in gone:
+            if entry.protocol == "UDP":
+                service = (entry.ip, entry.port)
+                with contextlib.suppress(
+                    NetlinkError
+                ):  # a kernel without this: they end when nobody speaks for a while
+                    self._flows.forget_udp(service, set(entry.endpoints) - stay.get(service, set()))
 
     def socket(self, kind: str, bind: tuple[str, int] | None, *, listen: bool) -> socket.socket:
         """A socket of this namespace (`tcp` or `udp`), non-blocking, for whoever it is passed to."""
