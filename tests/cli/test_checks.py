@@ -183,9 +183,9 @@ def test_workloads_outside_the_mesh_and_proxies_that_are_not_ready() -> None:
 @pytest.mark.parametrize(
     ("facts", "expected"),
     [
-        ({"blocked": [], "proxy": "/bin/mantle-proxy", "rootless": False, "outside": False}, {}),
+        ({"blocked": [], "proxy": "", "rootless": False, "outside": False}, {}),
         (
-            {"blocked": [("AppArmor", "sysctl", True)], "proxy": None, "rootless": True, "outside": False},
+            {"blocked": [("AppArmor", "sysctl", True)], "proxy": "nowhere", "rootless": True, "outside": False},
             {
                 "this machine allows namespaces and nf_tables": "error",
                 "mantle-proxy is installed": "error",
@@ -193,8 +193,12 @@ def test_workloads_outside_the_mesh_and_proxies_that_are_not_ready() -> None:
             },
         ),
         (
-            {"blocked": [("/proc is masked", "unmask", False)], "proxy": "x", "rootless": True, "outside": True},
+            {"blocked": [("/proc is masked", "unmask", False)], "proxy": "", "rootless": True, "outside": True},
             {"this machine allows namespaces and nf_tables": "warning"},
+        ),
+        (
+            {"blocked": [], "proxy": "", "rootless": False, "outside": False, "firewall": ["chain x of table ip y"]},
+            {"the host's firewall lets pods reach the outside world": "warning"},
         ),
     ],
 )

@@ -197,7 +197,7 @@ def test_an_example_prints_what_the_page_shows(
     monkeypatch.setattr(machine_client, "running_meshes", lambda _root: ["default"])
     monkeypatch.setattr(identity, "fetch", lambda *_: LIVE)
     monkeypatch.setattr(identity, "datetime", FixedClock)
-    machine = checks.machine([], proxy="mantle-proxy", rootless=False, outside=True)
+    machine = checks.machine([], proxy="", rootless=False, outside=True)
     monkeypatch.setattr(check, "_machine", lambda: machine)
     monkeypatch.setattr(check, "_mesh", healthy_but_for_two)
     ended = CliRunner().invoke(cli, line.split(), prog_name="mantle", catch_exceptions=False)

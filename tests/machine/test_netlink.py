@@ -3,6 +3,7 @@
 # A scene is alone on its event loop and may block it.
 # ruff: noqa: ASYNC221, ASYNC240
 
+import asyncio
 import errno
 import ipaddress
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mantle.platform.machine import namespaces, nft, wire
+from mantle.platform.machine import firewall, namespaces, nft, wire
 from mantle.platform.machine.netlink import (
     DUMP,
     NETLINK_NETFILTER,
@@ -183,6 +184,28 @@ def test_the_probe_names_a_container_without_rights(root_host: Any) -> None:
         (found,) = namespaces.probe()
         assert found.reason == namespaces.Blocked.NO_SYS_ADMIN
         assert "--cap-add SYS_ADMIN" in found.fix
+
+    root_host.play(scene)
+
+
+def test_a_firewall_that_drops_what_pods_send_is_named(root_host: Any) -> None:
+    async def scene() -> None:
+        rules = nft.Batch("filter", nft.FAMILY_IP)
+        rules.table()
+        rules.chain("FORWARD", "forward", 0, policy=nft.DROP)
+        rules.chain("INPUT", "input", 0, policy=nft.DROP)
+        rules.commit()
+        assert firewall.dropping() == ["chain FORWARD of table ip filter"]
+        assert "chain FORWARD of table ip filter drops" in await check()
+        rules.rule("FORWARD", nft.interface(nft.META_IIFNAME, "mantle0"), nft.verdict(nft.ACCEPT))
+        rules.commit()
+        assert firewall.dropping() == []
+        assert "drops" not in await check()
+
+    async def check() -> str:
+        words = [sys.executable, "-m", "mantle", "check"]
+        process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+        return (await process.communicate())[0].decode()
 
     root_host.play(scene)
 

@@ -82,12 +82,18 @@ def object_of(found: Sequence[Category]) -> dict[str, Any]:
 
 
 def _machine() -> list[Finding]:
-    from mantle.cli.version import proxy_program
-    from mantle.platform.machine import namespaces
+    from mantle.platform.machine import firewall, namespaces
+    from mantle.platform.machine.programs import find_proxy
 
+    proxy = ""
+    try:
+        find_proxy()
+    except FileNotFoundError as error:
+        proxy = str(error)
     return checks.machine(
         [(f.message, f.fix, f.fatal) for f in namespaces.probe()],
-        proxy=proxy_program(),
+        proxy=proxy,
+        firewall=[] if os.geteuid() else firewall.dropping(),
         rootless=os.geteuid() != 0,
         outside=any(shutil.which(program) for program in ("pasta", "slirp4netns")),
     )

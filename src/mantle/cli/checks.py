@@ -51,9 +51,16 @@ def good_unless(description: str, reasons: Sequence[str], fix: str, result: Resu
 
 
 def machine(
-    blocked: Iterable[tuple[str, str, bool]], *, proxy: str | None, rootless: bool, outside: bool
+    blocked: Iterable[tuple[str, str, bool]],
+    *,
+    proxy: str,
+    rootless: bool,
+    outside: bool,
+    firewall: Sequence[str] = (),
 ) -> list[Finding]:
-    """Can a mesh run here? `blocked`: (message, fix, fatal) of obstacles; `outside`: pasta or slirp4netns is there."""
+    """Can a mesh run here? `blocked`: (message, fix, fatal) of obstacles; `proxy`: why there is no mantle-proxy, if so;
+    `outside`: pasta or slirp4netns is there; `firewall`: the host's chains that drop what it forwards.
+    """
     obstacles = [
         Finding("this machine allows namespaces and nf_tables", Result.ERROR if fatal else Result.WARNING, message, fix)
         for message, fix, fatal in blocked
@@ -62,8 +69,8 @@ def machine(
     findings.append(
         good_unless(
             "mantle-proxy is installed",
-            [] if proxy else ["there is no program mantle-proxy beside mantle or on PATH"],
-            "pip install mantle-proxy (in a checkout: make install)",
+            [proxy] if proxy else [],
+            "pip install mantle-proxy (in a checkout: make install), or correct MANTLE_PROXY_PATH",
         )
     )
     if rootless:
@@ -72,6 +79,16 @@ def machine(
                 "pods can reach the outside world without root",
                 [] if outside else ["neither pasta nor slirp4netns is installed"],
                 "install passt (or slirp4netns), or run mantle with sudo; the mesh itself works without",
+                Result.WARNING,
+            )
+        )
+    else:
+        findings.append(
+            good_unless(
+                "the host's firewall lets pods reach the outside world",
+                [f"{chain} drops what it is not told to accept" for chain in firewall],
+                "`iptables -I FORWARD -i mantle+ -j ACCEPT` and `iptables -I FORWARD -o mantle+ -m conntrack --ctstate "
+                "RELATED,ESTABLISHED -j ACCEPT`, or the same in your firewall; the mesh itself works without",
                 Result.WARNING,
             )
         )

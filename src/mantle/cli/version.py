@@ -41,8 +41,11 @@ def proxy_version() -> str | None:
     """What `mantle-proxy --version` says, None if there is no such program."""
     import subprocess
 
-    program = proxy_program()
-    if program is None:
+    from mantle.platform.machine.programs import find_proxy
+
+    try:
+        program = find_proxy()
+    except FileNotFoundError:
         return None
     try:
         run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=5, check=False)
@@ -50,16 +53,6 @@ def proxy_version() -> str | None:
         return None
     words = run.stdout.split()
     return words[-1] if run.returncode == 0 and words else None
-
-
-def proxy_program() -> str | None:
-    """Where `mantle-proxy` is: beside this Python, else on PATH, else nowhere."""
-    import shutil
-    import sys
-    from pathlib import Path
-
-    beside = Path(sys.executable).with_name("mantle-proxy")
-    return str(beside) if beside.exists() else shutil.which("mantle-proxy")
 
 
 def mesh_version(flags: Globals) -> dict[str, str] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,27 +14,11 @@ from mantle.core.proxy_env import Values
 from mantle.platform.machine.dns_server import host_resolver
 from mantle.platform.machine.images import Image
 from mantle.platform.machine.plan import NOBODY, Machine, User
+from mantle.platform.machine.programs import find_proxy, own_programs
 from mantle.platform.machine.state import MeshConfig, StateDir
 
 PROXY_MARK = 0x6D
-
-
-def own_programs() -> Path:
-    """The directory of Mantle's own executables."""
-    return Path(sys.executable).parent
-
-
-def find_proxy() -> str:
-    """mantle-proxy: MANTLE_PROXY_PATH, else beside this interpreter, else on the PATH. Raises FileNotFoundError with
-    the fix.
-    """
-    given = os.environ.get("MANTLE_PROXY_PATH")
-    for candidate in (given, str(own_programs() / "mantle-proxy"), shutil.which("mantle-proxy")):
-        if candidate and os.access(candidate, os.X_OK):
-            return os.path.realpath(candidate)
-    if given:
-        raise FileNotFoundError(f"MANTLE_PROXY_PATH names {given}, which may not be executed")
-    raise FileNotFoundError("mantle-proxy is not installed: run `make install`, or install the package mantle-proxy")
+__all__ = ["default_user", "find_proxy", "machine", "nobody", "own_images", "user_of"]
 
 
 def user_of(uid: int) -> User:
