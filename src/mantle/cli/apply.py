@@ -118,7 +118,7 @@ def lines(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, bool]]:
         if kind == "skipped":
             yield f"note: {message}", False
         elif kind == "error":
-            yield f"{name}: {message}" + (f"\n  fix: {escape(event['fix'])}" if event.get("fix") else ""), True
+            yield f"{name}: {message}", True
         elif kind == "waiting":
             yield f"{name} waiting: {message}", False
         elif kind in words:

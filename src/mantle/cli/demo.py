@@ -148,9 +148,8 @@ class _Demo:
         problems = []
         for line, is_error in lines(self.client.stream("/v1/apply", body)):
             if is_error:
-                reason = line.partition("\n")[0]  # the daemon's own fix needs a mesh that goes on running
                 problems.append(
-                    Problem(reason, f"look at `mantle --mesh {self.mesh} ps` while it runs, or run `mantle check`")
+                    Problem(line, f"look at `mantle --mesh {self.mesh} ps` while it runs, or run `mantle check`")
                 )
             elif line.endswith(" ready") or " waiting: " in line:
                 self._say(line)

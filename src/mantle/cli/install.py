@@ -1,25 +1,29 @@
 """`mantle install`: prints the control plane as Kubernetes YAML, for `kubectl apply -f -`.
 
-Deterministic but for the trust root, which is made only where the cluster has none: a second run prints what is
-there. What it says to people goes to standard error.
+The same every time but for the trust root, which is made only where the cluster has none: a second run prints what is
+there already, without the trust. What is said to people goes to standard error.
 """
 
 from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mantle.cli.installing import TRUST_FILES, checked_values, given_values, read_trust_files, value_options
 from mantle.cli.main import Globals, mesh_command
-from mantle.cli.output import Failure, Problem, json_text, write
+from mantle.cli.output import Failure, Problem, escape, json_text, write
+
+if TYPE_CHECKING:
+    from mantle.cli.kube_client import KubeClient
+    from mantle.core.trust import Fault
 
 
-def _trust_options(function: Any) -> Any:
+def _trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for flag, about in reversed(TRUST_FILES):
         function = click.option(flag, metavar="FILE", help=about)(function)
     return function
@@ -30,26 +34,65 @@ def _trust_options(function: Any) -> Any:
 @_trust_options
 @click.option("--offline", is_flag=True, help="Ask no cluster: print a fresh trust root, or the one that is given.")
 def command(flags: Globals, files: Sequence[str], sets: Sequence[str], offline: bool, **named: Any) -> None:
-    """Print the control plane: `mantle install | kubectl apply -f -`."""
+    """Print the control plane: `mantle install | kubectl apply -f -`.
+
+    With a cluster (the kubeconfig's, or --context) its trust root is kept, and what stands in the way is said.
+    """
     output = flags.output_of("yaml", "json")
     given = given_values({}, files, sets, named, flags.namespace)
     values = checked_values(given)
     contents = read_trust_files([named[flag.removeprefix("--").replace("-", "_")] for flag, _ in TRUST_FILES])
+    client = None if offline else cluster_client(flags)
 
+    from mantle.manifests.facts import obstacles
     from mantle.manifests.render import install_objects
     from mantle.manifests.trust import Decision, Existing, Given, decide
 
-    trust = decide(values, Given(*contents), Existing(), datetime.now(UTC), secrets.token_bytes, asked=False)
-    if not isinstance(trust, Decision):
-        raise Failure.of([Problem(str(fault), fault.fix) for fault in trust])
+    existing = Existing()
+    faults: list[Fault] = []
+    if client is not None:
+        from mantle.cli.cluster_facts import read_facts
+
+        facts = read_facts(client, values.control_namespace)
+        existing, faults = facts.trust, list(obstacles(facts, values))
+    trust = decide(values, Given(*contents), existing, datetime.now(UTC), secrets.token_bytes, client is not None)
+    if faults or not isinstance(trust, Decision):
+        raise refusal([*faults, *(() if isinstance(trust, Decision) else trust)])
     notes = list(trust.notes)
-    if trust.material.issuer_key and contents[0] is None:
+    if client is None and trust.material.issuer_key and contents[0] is None:
         notes.append(
-            "no cluster was asked: this is a fresh trust root. Apply it once; applied again, it would replace the first"
+            "no cluster was asked, so this is a fresh trust root: keep this output. "
+            "A second one, applied over it, would cut off every pod that is in the mesh by then"
         )
-    for note in notes:
-        sys.stderr.write(f"‼ {note}\n")
+    say(notes)
     print_objects(install_objects(values, trust.material, given), output)
+
+
+def cluster_client(flags: Globals) -> KubeClient | None:
+    """The cluster that the flags and the kubeconfig mean, said on standard error; None if there is no kubeconfig."""
+    from mantle.cli.kube_client import KubeClient
+    from mantle.cli.target import access_of, refuse_contradictions
+
+    if flags.mesh is not None and not flags.mesh_from_environment:
+        raise click.UsageError("--mesh is a mesh of this machine, which `mantle up` starts with its control plane")
+    refuse_contradictions(flags)
+    access = access_of(flags)
+    if access is None:
+        return None
+    acting = f", as {access.acting_as.user}" if access.acting_as.user else ""
+    sys.stderr.write(escape(f"cluster {access.server} (context {access.context}{acting})") + "\n")
+    return KubeClient(access)
+
+
+def refusal(faults: Sequence[Fault]) -> Failure:
+    """Everything that stands in the way, as one failure."""
+    return Failure.of([Problem(str(fault), fault.fix) for fault in faults])
+
+
+def say(notes: Sequence[str]) -> None:
+    """Warnings, to standard error."""
+    for note in notes:
+        sys.stderr.write(f"‼ {escape(note)}\n")
 
 
 def print_objects(objects: Sequence[Any], output: str) -> None:

@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "exec": ("mantle.cli.exec:command", "Run a program inside a pod."),
     "port-forward": ("mantle.cli.port_forward:command", "Reach a port of a pod or service from this machine."),
     "install": ("mantle.cli.install:command", "Print the control plane as Kubernetes YAML."),
+    "upgrade": ("mantle.cli.upgrade:command", "Print the control plane of this version, with the mesh's own values."),
+    "uninstall": ("mantle.cli.uninstall:command", "Print everything of Mantle's in a cluster, to delete it."),
     "inject": ("mantle.cli.inject:command", "Add the mesh to Kubernetes YAML."),
     "tap": ("mantle.cli.tap:command", "Watch requests as they happen, with their TLS state."),
     "edges": ("mantle.cli.edges:command", "Show who talks to whom, with both identities, or why not encrypted."),

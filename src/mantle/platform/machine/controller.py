@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mantle.platform.machine import podfiles
@@ -217,9 +216,6 @@ class Controller:
                 log.error("the router's service table could not be written: %s", error)
         self._moved.set()
         self._moved = asyncio.Event()
-
-    def log_file(self, uid: str, container: str) -> Path:
-        return self._store.pods / uid / "logs" / f"{container}.log"
 
     async def moved(self, seconds: float | None) -> bool:
         """Waits for the next change; False if so many seconds passed first."""

@@ -22,18 +22,6 @@ def timestamp(nanoseconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{fraction:09d}Z"
 
 
-def last_words(path: Path) -> str:
-    """The text of the last line with any in it; empty if there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _LONGEST_LINE))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    texts = (line.split(" ", 2)[2].strip() for line in reversed(lines) if line.count(" ") >= 2)
-    return next((text for text in texts if text), "")
-
-
 class Log:
     """The one writer of a container's log. Write errors (a full tmpfs) drop lines and are not fatal."""
 

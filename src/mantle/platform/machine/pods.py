@@ -113,20 +113,16 @@ class PodState:
             return ""
         if self.status.message:
             return self.status.message
-        if status := self.broken():
-            detail = status.message or (f"exit code {status.exit_code}" if status.exit_code is not None else "")
-            return f"container {status.name}: {status.reason}" + (f" ({detail})" if detail else "")
+        for status in self.status.containers:
+            if status.state != "running" and status.reason not in ("Completed", "PodInitializing", "ContainerCreating"):
+                detail = status.message or (f"exit code {status.exit_code}" if status.exit_code is not None else "")
+                return f"container {status.name}: {status.reason}" + (f" ({detail})" if detail else "")
         for status in self.status.containers:
             probes = self.probes.get(status.name)
             if probes is not None and not probes.ready and probes.last_failure:
                 return f"container {status.name}: {probes.last_failure}"
         waiting = [s.name for s in self.status.containers if s.state == "waiting"]
         return f"waiting for container {waiting[0]}" if waiting else "starting"
-
-    def broken(self) -> ContainerStatus | None:
-        """The first container that ended, or could not be started, though it should run."""
-        fine = ("Completed", "PodInitializing", "ContainerCreating")
-        return next((s for s in self.status.containers if s.state != "running" and s.reason not in fine), None)
 
 
 class PodFollower:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from mantle.platform.machine.controller import Controller
-from mantle.platform.machine.logs import last_words
 from mantle.platform.machine.manifest import Object, ObjectId, template
 from mantle.platform.machine.pods import PodState
 from mantle.platform.machine.reconcile import Goal
@@ -38,20 +37,6 @@ def standing(controller: Controller, item: ObjectId) -> tuple[bool, str]:
         return True, ""
     troubles = [f"pod {p.spec.name}: {text}" for p in mine if (text := p.trouble())]
     return False, "; ".join(troubles[:3]) or f"{ready} of {want.replicas} pods ready"
-
-
-def _explained(controller: Controller, item: ObjectId) -> tuple[str, str]:
-    """(what a broken container said last, the way out), both as they are appended to the reason."""
-    for state in (p for p in controller.pods.values() if p.object == item):
-        status = state.broken()
-        if status is None:
-            continue
-        words = last_words(controller.log_file(state.spec.uid, status.name))[:300]
-        look = f"`mantle logs -n {state.spec.namespace} {state.spec.name} -c {status.name}`"
-        if "address already in use" in words.lower():
-            look = f"its port is in use inside the pod: give one of the containers another one; {look} says more"
-        return (f"; its last words: {words}" if words else ""), look
-    return "", f"see `mantle ps -n {item[1]}`"
 
 
 def settled(controller: Controller, item: ObjectId, now: float) -> bool:
@@ -106,8 +91,7 @@ async def progress(controller: Controller, items: list[ObjectId], seconds: float
                 yield {"event": "ready", **name, "message": ""}
             elif left <= 0 or hopeless(controller, item):
                 waiting.remove(item)
-                said_last, fix = _explained(controller, item)
-                yield {"event": "error", **name, "message": f"not ready: {why}{said_last}", "fix": fix}
+                yield {"event": "error", **name, "message": f"not ready: {why}"}
             elif since.get(item, ("", 0.0))[0] != why:
                 since[item] = (why, loop.time())
             elif loop.time() - since[item][1] > LASTS and said.get(item) != why:
