@@ -19,7 +19,7 @@ from mantle.control.topics import Topics
 from mantle.core.callers import Caller, CallerDenied, Presented, check_caller, parse_workload
 from mantle.core.model import Key
 from mantle.core.reasons import CallerRefused
-from mantle.core.world import World
+from mantle.core.world import Tag, World
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -106,11 +106,14 @@ class Answers:
         compute: Callable[[World], T],
         encode: Callable[[T | None, T], tuple[bytes, ...]],
         refuse: Callable[[T], Status | None],
+        tags: tuple[Tag, ...],
     ) -> None:
-        """Answers `context` with the topic `key` while the caller listens. `refuse` names values that end it."""
+        """Answers `context` with the topic `key` while the caller listens. `refuse` names values that end it, `tags`
+        what the answer depends on.
+        """
         sent = None
         sender = self.metrics.messages.labels(method)
-        with self.topics.read((method, key), compute, encode) as reader:
+        with self.topics.read((method, key), compute, encode, tags) as reader:
             async for now in reader.states():
                 refusal = refuse(now.value)
                 if refusal is not None:

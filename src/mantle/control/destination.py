@@ -17,6 +17,7 @@ from mantle.core.endpoints import (
     AddressTarget,
     BadTarget,
     Profile,
+    depends_on,
     parse_path,
     profile,
     service_endpoints,
@@ -38,7 +39,13 @@ def handler(answers: Answers) -> grpc.GenericRpcHandler[Any, Any]:
         if isinstance(target, BadTarget):
             await answers.abort(context, "Get", Status(grpc.StatusCode.INVALID_ARGUMENT, str(target)))
         await answers.stream(
-            context, "Get", target, lambda world: service_endpoints(world, target), endpoints_bytes, lambda _: None
+            context,
+            "Get",
+            target,
+            lambda world: service_endpoints(world, target),
+            endpoints_bytes,
+            lambda _: None,
+            depends_on(target),
         )
 
     async def get_profile(request: pb.GetDestination, context: Context) -> None:
@@ -47,7 +54,13 @@ def handler(answers: Answers) -> grpc.GenericRpcHandler[Any, Any]:
         if isinstance(target, BadTarget):
             await answers.abort(context, "GetProfile", Status(grpc.StatusCode.INVALID_ARGUMENT, str(target)))
         await answers.stream(
-            context, "GetProfile", target, lambda world: profile(world, target), _profile_messages, _unnamed
+            context,
+            "GetProfile",
+            target,
+            lambda world: profile(world, target),
+            _profile_messages,
+            _unnamed,
+            depends_on(target),
         )
 
     return grpc.method_handlers_generic_handler(

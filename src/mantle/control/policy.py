@@ -13,7 +13,7 @@ import grpc
 
 from mantle.control.answers import Answers, Context, Status
 from mantle.control.wire import read_address, server_policy_bytes, service_policy_bytes
-from mantle.core.endpoints import AddressTarget, BadTarget, ServiceTarget, parse_path
+from mantle.core.endpoints import AddressTarget, BadTarget, ServiceTarget, depends_on, parse_path
 from mantle.core.model import Key
 from mantle.core.policy import NotOurs, ServerPolicy, ServicePolicy, inbound, outbound
 from mantle.core.world import World
@@ -34,7 +34,13 @@ def outbound_handler(answers: Answers) -> grpc.GenericRpcHandler[Any, Any]:
     async def watch(request: outbound_pb2.TrafficSpec, context: Context) -> None:
         target = await _traffic(answers, context, "OutboundWatch", request)
         await answers.stream(
-            context, "OutboundWatch", target, lambda world: outbound(world, target), _service_messages, _not_ours
+            context,
+            "OutboundWatch",
+            target,
+            lambda world: outbound(world, target),
+            _service_messages,
+            _not_ours,
+            depends_on(target),
         )
 
     return grpc.method_handlers_generic_handler(
@@ -84,7 +90,13 @@ def inbound_handler(answers: Answers) -> grpc.GenericRpcHandler[Any, Any]:
     async def watch_port(request: inbound_pb2.PortSpec, context: Context) -> None:
         pod, port = await _port(answers, context, "WatchPort", request)
         await answers.stream(
-            context, "WatchPort", (pod, port), lambda world: _inbound(world, pod, port), _server_messages, _gone
+            context,
+            "WatchPort",
+            (pod, port),
+            lambda world: _inbound(world, pod, port),
+            _server_messages,
+            _gone,
+            (("pod", pod),),
         )
 
     return grpc.method_handlers_generic_handler(

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from mantle.core.model import Snapshot
 from mantle.core.waves import Waves
-from mantle.core.world import World
+from mantle.core.world import Tag, World
 
 T = TypeVar("T")
 
@@ -97,6 +97,8 @@ class Topics:
         self.known = asyncio.Event()
         """Set once the platform has said anything: before that, every answer would be wrong."""
         self._topics: dict[Hashable, Topic[object]] = {}
+        self._by_tag: dict[Tag | None, dict[Hashable, None]] = {}
+        """The topics that depend on a tag; under None those that depend on anything."""
         self._readers: dict[Hashable, int] = {}
         self._waves: Waves[Hashable, Reader[object]] = Waves()
         self._timer: asyncio.TimerHandle | None = None
@@ -110,13 +112,15 @@ class Topics:
             await asyncio.sleep(max(0.0, begun + RECOMPUTE_INTERVAL - loop.time()))
 
     async def publish(self, world: World) -> None:
-        """Makes `world` the one that all answers come from."""
+        """Makes `world` the one that all answers come from. Only what depends on something touched is computed."""
         loop = asyncio.get_running_loop()
         self.world = world
         self.known.set()
         turn = loop.time()
-        for key, topic in list(self._topics.items()):
-            if topic.update(world):
+        concerned = {key: None for tag in (None, *world.touched) for key in self._by_tag.get(tag, ())}
+        for key in concerned:
+            topic = self._topics.get(key)
+            if topic is not None and topic.update(world):
                 self._waves.changed(key, loop.time())
                 self._arm()
             if loop.time() - turn > SLICE_BUDGET:
@@ -129,12 +133,18 @@ class Topics:
         key: Hashable,
         compute: Callable[[World], T],
         encode: Callable[[T | None, T], tuple[bytes, ...]],
+        tags: tuple[Tag | None, ...] = (None,),
     ) -> Iterator[Reader[T]]:
-        """A reader of the topic `key`, which is made if nobody reads it yet and forgotten when the last one leaves."""
+        """A reader of the topic `key`, which is made if nobody reads it yet and forgotten when the last one leaves.
+
+        `tags` is what the answer depends on: it is computed anew when one of them is touched (None: at every change).
+        """
         topic: Topic[T] = self._topics.get(key)  # type: ignore[assignment]  # a key always has one type of value
         if topic is None:
             topic = Topic(self.world, compute, encode)
             self._topics[key] = topic
+            for tag in tags:
+                self._by_tag.setdefault(tag, {})[key] = None
         reader = Reader(topic)
         self._readers[key] = self._readers.get(key, 0) + 1
         self._waves.join(key, reader)  # type: ignore[arg-type]
@@ -145,6 +155,10 @@ class Topics:
             self._readers[key] -= 1
             if not self._readers[key]:
                 del self._readers[key], self._topics[key]
+                for tag in tags:
+                    del self._by_tag[tag][key]
+                    if not self._by_tag[tag]:
+                        del self._by_tag[tag]
 
     def counts(self) -> tuple[int, int]:
         """(topics, readers), for metrics."""

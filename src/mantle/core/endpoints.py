@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from mantle.core.annotations import LABEL_CONTROL_NS
-from mantle.core.model import Key, Service, ServicePort
+from mantle.core.model import Key, Service, ServicePort, SliceEndpoint
 from mantle.core.names import BadName, is_label
 from mantle.core.reasons import NoIdentity, NotADestination
-from mantle.core.world import HEADLESS, PodFacts, World
+from mantle.core.world import HEADLESS, PodFacts, Tag, World
 
 Address = tuple[str, int]
 """(IP as text, TCP port)"""
@@ -128,43 +128,78 @@ def service_name(key: Key, cluster_domain: str) -> str:
 # ---- answers ----
 
 
+def depends_on(target: ServiceTarget | AddressTarget) -> tuple[Tag, ...]:
+    """What answers about a destination depend on: as long as none of it is `World.touched`, they stay the same."""
+    return (("service", target.key),) if isinstance(target, ServiceTarget) else (("ip", target.ip),)
+
+
 def service_endpoints(world: World, target: ServiceTarget) -> Endpoints:
-    """The endpoints of a service's TCP port: ready pods that its selector matches, in the order of their addresses."""
+    """The ready endpoints of a service's TCP port, in the order of their addresses: what its slices list where the
+    platform has slices, else the pods that its selector matches.
+    """
     service = world.snapshot.services.get(target.key)
     port = service_port(service, target.port) if service else None
-    if service is None or port is None:
+    if service is None or port is None or service.external_name:
         return Endpoints(exists=False)
-    found: dict[Address, Endpoint] = {}
-    for facts in selected(world, service):
-        number = facts.port_named(port.target_port) if isinstance(port.target_port, str) else port.target_port
-        if number is None:
-            continue
-        endpoint = pod_endpoint(world, facts, number)
-        if not isinstance(endpoint, BadName):
-            found[endpoint.address] = endpoint
+    behind = _selected if world.snapshot.slices is None else _sliced
+    found = {e.address: e for e in behind(world, service, port) if not isinstance(e, BadName)}
     labels = (("namespace", target.key.namespace), ("service", target.key.name))
     return Endpoints(exists=True, by_address=dict(sorted(found.items())), labels=labels)
 
 
-def selected(world: World, service: Service) -> Iterator[PodFacts]:
-    """The pods a service sends to. An empty selector selects none (its endpoints would be kept by someone else)."""
+def _selected(world: World, service: Service, port: ServicePort) -> Iterator[Endpoint | BadName]:
+    """The pods a selector sends to. An empty selector selects none (its endpoints would be kept by someone else)."""
     if not service.selector:
         return
     wanted = service.selector.items()
-    for facts in world.pods_by_namespace.get(service.key.namespace, ()):
+    for facts in world.pods_by_namespace.get(service.key.namespace, {}).values():
         pod = facts.pod
         in_use = pod.ip and pod.phase in ("Pending", "Running") and (pod.ready or service.publish_not_ready)
         if in_use and wanted <= pod.labels.items():
-            yield facts
+            number = facts.port_named(port.target_port) if isinstance(port.target_port, str) else port.target_port
+            if number is not None:
+                yield pod_endpoint(world, facts, number)
 
 
-def pod_endpoint(world: World, facts: PodFacts, port: int) -> Endpoint | BadName:
-    """One port of one pod as an endpoint, or why its identity cannot be written (then there is no endpoint)."""
+def _sliced(world: World, service: Service, port: ServicePort) -> Iterator[Endpoint | BadName]:
+    """What the service's slices of its first address family list as ready."""
+    for one in world.slices_by_service.get(service.key, {}).values():
+        if one.ip_family != service.ip_family:
+            continue
+        numbers = [p.port for p in one.ports if p.name == port.name and p.protocol == port.protocol]
+        for listed in one.endpoints if numbers else ():
+            if listed.ready:
+                yield from _listed(world, listed, service.key.namespace, numbers[0])
+
+
+def _listed(world: World, listed: SliceEndpoint, namespace: str, port: int) -> Iterator[Endpoint | BadName]:
+    """One address of a slice. It has an identity only as the pod whose address it is.
+
+    A slice may be ahead of what is known of its pods, or name a pod that has another address: then the address is left
+    out until both agree, because without the pod it would be plaintext by mistake, and with it someone else's name.
+    """
+    if listed.pod is None:
+        facts = world.pods_by_ip.get(listed.address)
+        if facts is None:
+            labels = (("namespace", namespace),)
+            yield Endpoint((listed.address, port), NoIdentity.NOT_A_POD, None, Hint.NONE, labels)
+            return
+    else:
+        facts = world.pods.get(listed.pod)
+        if facts is None or listed.address not in facts.pod.ips:
+            return
+    yield pod_endpoint(world, facts, port, listed.address)
+
+
+def pod_endpoint(world: World, facts: PodFacts, port: int, ip: str = "") -> Endpoint | BadName:
+    """One port of one pod as an endpoint, or why its identity cannot be written (then there is no endpoint). `ip` is
+    which of its addresses; its first one if empty.
+    """
     pod = facts.pod
     labels = {"namespace": pod.key.namespace, "pod": pod.key.name, "serviceaccount": pod.service_account}
     if pod.owner.kind != "Pod":
         labels[pod.owner.kind.lower()] = pod.owner.name
-    address = (pod.ip, port)
+    address = (ip or pod.ip, port)
     identity: str | NoIdentity | BadName = NoIdentity.PORT_SKIPPED if port in facts.skipped else facts.identity
     if isinstance(identity, BadName):
         return identity
@@ -193,7 +228,7 @@ def profile(world: World, target: ServiceTarget | AddressTarget) -> Profile | Ba
     facts = world.pods_by_ip.get(target.ip)
     if facts is None:
         return Profile()
-    endpoint = pod_endpoint(world, facts, target.port)
+    endpoint = pod_endpoint(world, facts, target.port, target.ip)
     if isinstance(endpoint, BadName):
         return endpoint
     return Profile(port=target.port, opaque=target.port in facts.opaque, endpoint=endpoint)
@@ -218,10 +253,16 @@ def service_at(world: World, target: ServiceTarget | AddressTarget) -> tuple[Ser
         service = world.services_by_ip.get(target.ip)
     else:
         service = world.snapshot.services.get(target.key)
-        if service is not None and service.cluster_ip == HEADLESS and not service.selector:
+        if service is not None and (service.external_name or _without_endpoints(world, service)):
             return None
     port = service_port(service, target.port) if service else None
     return None if service is None or port is None else (service, port)
+
+
+def _without_endpoints(world: World, service: Service) -> bool:
+    """A headless service that nobody keeps endpoints for: its name leads wherever DNS says."""
+    kept_by_hand = bool(world.slices_by_service.get(service.key))
+    return service.cluster_ip == HEADLESS and not service.selector and not kept_by_hand
 
 
 # ---- steps between two answers ----

@@ -66,6 +66,13 @@ class Pod:
     """True once a `mantle-proxy` container of this pod has started: a labelled pod then has an identity."""
     probe_paths: tuple[tuple[int, str], ...] = ()
     """(port, path) of each httpGet and grpc probe: reachable without identity where the policy would refuse."""
+    more_ips: tuple[str, ...] = ()
+    """Its addresses beside `ip`: a dual-stack pod has one of each family."""
+
+    @property
+    def ips(self) -> tuple[str, ...]:
+        """All its addresses; none while it has none."""
+        return (self.ip, *self.more_ips) if self.ip else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +89,48 @@ class ServicePort:
 class Service:
     key: Key
     cluster_ip: str
-    """An address, or `None` as text for a headless service (Kubernetes spells it so)."""
+    """An address, `None` as text for a headless service (Kubernetes spells it so), or empty (ExternalName)."""
     ports: tuple[ServicePort, ...] = ()
     selector: Mapping[str, str] = field(default_factory=_empty)
     annotations: Mapping[str, str] = field(default_factory=_empty)
     publish_not_ready: bool = False
+    more_cluster_ips: tuple[str, ...] = ()
+    """Its addresses beside `cluster_ip`: of a dual-stack service, the second family's."""
+    external_name: str = ""
+    """What DNS answers for a service of type ExternalName: it has no endpoints, traffic goes where the name leads."""
+    ip_family: str = "IPv4"
+    """Of the endpoints that are balanced over: the service's first family."""
+
+
+@dataclass(frozen=True, slots=True)
+class SliceEndpoint:
+    """One address behind a service. `pod` is the pod it claims to be (`targetRef`); None: the slice names none."""
+
+    address: str
+    pod: Key | None = None
+    ready: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SlicePort:
+    """A port of every endpoint of a slice; `name` is the service port's."""
+
+    name: str
+    port: int
+    protocol: str = "TCP"
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSlice:
+    """A part of the addresses behind a service, as the cluster's controller or a person wrote it
+    (https://kubernetes.io/docs/concepts/services-networking/endpoint-slices/).
+    """
+
+    key: Key
+    service: Key
+    ip_family: str
+    ports: tuple[SlicePort, ...]
+    endpoints: tuple[SliceEndpoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +141,17 @@ class Namespace:
 
 
 @dataclass(frozen=True, slots=True)
+class Changes:
+    """Which objects differ from those of the snapshot of version `since`, so that nobody needs to look for them."""
+
+    since: int
+    pods: frozenset[Key] = frozenset()
+    services: frozenset[Key] = frozenset()
+    namespaces: frozenset[str] = frozenset()
+    slices: frozenset[Key] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything the mesh knows, at one version. Versions grow; equal versions are equal content."""
 
@@ -104,3 +159,7 @@ class Snapshot:
     pods: Mapping[Key, Pod] = field(default_factory=dict)
     services: Mapping[Key, Service] = field(default_factory=dict)
     namespaces: Mapping[str, Namespace] = field(default_factory=dict)
+    slices: Mapping[Key, EndpointSlice] | None = None
+    """What is behind services. None: this platform has no slices, a service's selector says which pods."""
+    changes: Changes | None = field(default=None, compare=False)
+    """What is new, for those who have the snapshot before it; None: look for yourself."""

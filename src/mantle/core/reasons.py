@@ -219,6 +219,8 @@ class NoIdentity(StrEnum):
     """The pod is meshed, but its proxy never started."""
     PORT_SKIPPED = "port_skipped"
     """The port bypasses the proxy (`skip-inbound-ports`)."""
+    NOT_A_POD = "not_a_pod"
+    """A service's address, written by hand, that is no pod's."""
 
 
 @unique

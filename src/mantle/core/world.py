@@ -1,20 +1,27 @@
 """One snapshot, made ready to be asked: pods by address and namespace, services by address, annotations parsed once.
 
-`endpoints` and `policy` decide from a `World`; the platform makes the snapshots. `World.next` keeps the facts of every
-pod that did not change, so a change of one pod costs one pod. Pure.
+`endpoints` and `policy` decide from a `World`; the platform makes the snapshots. A change of one pod of thousands costs
+one pod: the platform says which objects changed (`Snapshot.changes`), or they are found by identity; `World.touched`
+says which answers may differ. Pure.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 from mantle.core.annotations import LABEL_CONTROL_NS, PREFIX, Config, port_ranges, read_config
-from mantle.core.model import EMPTY, Key, Namespace, Pod, Service, ServicePort, Snapshot
+from mantle.core.model import EMPTY, Changes, EndpointSlice, Key, Namespace, Pod, Service, ServicePort, Snapshot
 from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.pod_facts import DEFAULT_OPAQUE
 from mantle.core.reasons import NoIdentity
+
+Name = TypeVar("Name", bound=Hashable)
+Value = TypeVar("Value")
+Group = TypeVar("Group", bound=Hashable)
+Member = TypeVar("Member", bound=Hashable)
 
 INBOUND_PORT = 4143
 CONTROL_PORT = 4190
@@ -77,6 +84,10 @@ class PodFacts:
         return next((port.port for port in self.pod.ports if port.name == name and port.protocol == "TCP"), None)
 
 
+Tag = tuple[str, Hashable]
+"""What an answer depends on: `("pod", Key)`, `("service", Key)` or `("ip", address)`."""
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """A snapshot with its indices. Make it with `empty(mesh)` and then `next`."""
@@ -86,37 +97,22 @@ class World:
     pods: Mapping[Key, PodFacts] = field(default_factory=dict)
     pods_by_ip: Mapping[str, PodFacts] = field(default_factory=dict)
     """Pods with an address of their own that is in use: not of the host's network, not completed."""
-    pods_by_namespace: Mapping[str, tuple[PodFacts, ...]] = field(default_factory=dict)
+    pods_by_namespace: Mapping[str, Mapping[Key, PodFacts]] = field(default_factory=dict)
     services_by_ip: Mapping[str, Service] = field(default_factory=dict)
+    services_by_namespace: Mapping[str, Mapping[Key, Service]] = field(default_factory=dict)
+    slices_by_service: Mapping[Key, Mapping[Key, EndpointSlice]] = field(default_factory=dict)
+    services_by_endpoint: Mapping[str, frozenset[Key]] = field(default_factory=dict)
+    """The services that have an address in one of their slices."""
+    touched: frozenset[Tag] = frozenset()
+    """Answers that depend on one of these may differ from those of the world before; all others are as they were."""
 
     @staticmethod
     def empty(mesh: Mesh) -> World:
         return World(mesh, Snapshot())
 
     def next(self, snapshot: Snapshot) -> World:
-        """The world of a newer snapshot."""
-        facts: dict[Key, PodFacts] = {}
-        by_ip: dict[str, PodFacts] = {}
-        by_namespace: dict[str, list[PodFacts]] = {}
-        for key, pod in snapshot.pods.items():
-            known = self.pods.get(key)
-            namespace = snapshot.namespaces.get(key.namespace)
-            if known is not None and known.pod is pod and namespace is self.snapshot.namespaces.get(key.namespace):
-                fact = known
-            else:
-                fact = _once_meshed(known, pod_facts(self.mesh, pod, namespace))
-            facts[key] = fact
-            by_namespace.setdefault(key.namespace, []).append(fact)
-            if pod.ip and not pod.host_network and pod.phase in ("Pending", "Running"):
-                by_ip[pod.ip] = fact
-        return World(
-            self.mesh,
-            snapshot,
-            facts,
-            by_ip,
-            {name: tuple(pods) for name, pods in by_namespace.items()},
-            {s.cluster_ip: s for s in snapshot.services.values() if s.cluster_ip not in ("", HEADLESS)},
-        )
+        """The world of a newer snapshot. Costs what changed, and copies of the indices that did."""
+        return _step(self, snapshot)
 
     def service_port_opaque(self, service: Service, port: ServicePort) -> bool:
         """Whether clients must not detect a protocol: the port's appProtocol, else the service's, namespace's or
@@ -183,3 +179,178 @@ def _ranges(parts: Iterable[str], named: Mapping[str, int]) -> Iterable[tuple[in
             yield (named[part], named[part])
         elif part[:1].isdigit():
             yield from port_ranges(part)
+
+
+# ---- from one world to the next ----
+
+
+def _step(world: World, snapshot: Snapshot) -> World:
+    changes = snapshot.changes
+    if changes is None or changes.since != world.snapshot.version:
+        changes = difference(world.snapshot, snapshot)
+    before = world.snapshot
+    touched: set[Tag] = set()
+    services_by_ip, services_by_namespace = _services(world, snapshot, changes, touched)
+    slices_by_service, services_by_endpoint = _slices(world, snapshot, changes, touched)
+    pods, pods_by_ip, pods_by_namespace = dict(world.pods), dict(world.pods_by_ip), _Groups(world.pods_by_namespace)
+    rewritten = {key for name in changes.namespaces for key in world.pods_by_namespace.get(name, ())}
+    gone, here = _split(changes.pods | rewritten, snapshot.pods)
+    for key in (*gone, *here):  # an address that moves from one pod to another ends with the one that has it
+        pod = snapshot.pods.get(key)
+        known = pods.pop(key, None)
+        for ip in _own_addresses(known.pod) if known is not None else ():
+            if (holder := pods_by_ip.get(ip)) is not None and holder.pod.key == key:
+                del pods_by_ip[ip]
+        if pod is not None:
+            fact = _once_meshed(known, pod_facts(world.mesh, pod, snapshot.namespaces.get(key.namespace)))
+            pods[key] = fact
+            pods_by_namespace.put(key.namespace, key, fact)
+            pods_by_ip.update(dict.fromkeys(_own_addresses(pod), fact))
+        else:
+            pods_by_namespace.remove(key.namespace, key)
+        touched.add(("pod", key))
+        for one in (before.pods.get(key), pod):
+            if one is not None:
+                touched.update(("ip", ip) for ip in one.ips)
+                touched.update(_services_of(one, snapshot, services_by_namespace, services_by_endpoint))
+    return World(
+        world.mesh,
+        snapshot,
+        pods,
+        pods_by_ip,
+        pods_by_namespace.groups,
+        services_by_ip,
+        services_by_namespace,
+        slices_by_service,
+        services_by_endpoint,
+        frozenset(touched),
+    )
+
+
+def difference(before: Snapshot, now: Snapshot) -> Changes:
+    """What differs between two snapshots, found by looking at each object."""
+    return Changes(
+        before.version,
+        frozenset(_differing(before.pods, now.pods)),
+        frozenset(_differing(before.services, now.services)),
+        frozenset(_differing(before.namespaces, now.namespaces)),
+        frozenset(_differing(before.slices or {}, now.slices or {})),
+    )
+
+
+def _differing(before: Mapping[Name, Value], now: Mapping[Name, Value]) -> Iterable[Name]:
+    yield from (name for name, value in now.items() if before.get(name) is not value)
+    yield from (name for name in before if name not in now)
+
+
+def _split(keys: Iterable[Key], objects: Mapping[Key, Pod]) -> tuple[list[Key], list[Key]]:
+    gone: list[Key] = []
+    here: list[Key] = []
+    for key in keys:
+        (here if key in objects else gone).append(key)
+    # A fixed order, and those that hold an address after those that do not any more.
+    here.sort(key=lambda key: (objects[key].phase in ("Pending", "Running"), key.namespace, key.name))
+    return gone, here
+
+
+def _own_addresses(pod: Pod) -> tuple[str, ...]:
+    return pod.ips if not pod.host_network and pod.phase in ("Pending", "Running") else ()
+
+
+def _services_of(
+    pod: Pod,
+    snapshot: Snapshot,
+    services: Mapping[str, Mapping[Key, Service]],
+    by_endpoint: Mapping[str, frozenset[Key]],
+) -> Iterable[Tag]:
+    """The services that a pod is, or may be, behind."""
+    if snapshot.slices is not None:
+        return (("service", service) for ip in pod.ips for service in by_endpoint.get(ip, ()))
+    labels = pod.labels.items()
+    candidates = services.get(pod.key.namespace, {}).values()
+    return (("service", s.key) for s in candidates if s.selector and s.selector.items() <= labels)
+
+
+def addresses_of(service: Service) -> tuple[str, ...]:
+    """The addresses that clients know a service by."""
+    if service.cluster_ip in ("", HEADLESS):
+        return ()
+    return (service.cluster_ip, *service.more_cluster_ips)
+
+
+def _services(
+    world: World, snapshot: Snapshot, changes: Changes, touched: set[Tag]
+) -> tuple[Mapping[str, Service], Mapping[str, Mapping[Key, Service]]]:
+    rewritten = {key for name in changes.namespaces for key in world.services_by_namespace.get(name, ())}
+    if not changes.services and not rewritten:
+        return world.services_by_ip, world.services_by_namespace
+    by_ip, groups = dict(world.services_by_ip), _Groups(world.services_by_namespace)
+    old = {key: world.snapshot.services.get(key) for key in changes.services | rewritten}
+    for service in old.values():
+        for ip in addresses_of(service) if service is not None else ():
+            by_ip.pop(ip, None)
+            touched.add(("ip", ip))
+    for key in old:
+        touched.add(("service", key))
+        service = snapshot.services.get(key)
+        if service is None:
+            groups.remove(key.namespace, key)
+            continue
+        groups.put(key.namespace, key, service)
+        for ip in addresses_of(service):
+            by_ip[ip] = service
+            touched.add(("ip", ip))
+    return by_ip, groups.groups
+
+
+def _slices(
+    world: World, snapshot: Snapshot, changes: Changes, touched: set[Tag]
+) -> tuple[Mapping[Key, Mapping[Key, EndpointSlice]], Mapping[str, frozenset[Key]]]:
+    if not changes.slices:
+        return world.slices_by_service, world.services_by_endpoint
+    before, now = world.snapshot.slices or {}, snapshot.slices or {}
+    groups, by_endpoint = _Groups(world.slices_by_service), dict(world.services_by_endpoint)
+    moved: dict[Key, set[str]] = {}
+    for key in changes.slices:
+        for one in (before.get(key), now.get(key)):
+            if one is not None:
+                touched.add(("service", one.service))
+                moved.setdefault(one.service, set()).update(e.address for e in one.endpoints)
+        if (old := before.get(key)) is not None:
+            groups.remove(old.service, key)
+        if (new := now.get(key)) is not None:
+            groups.put(new.service, key, new)
+    for service, addresses in moved.items():
+        held = {e.address for one in groups.groups.get(service, {}).values() for e in one.endpoints}
+        for address in addresses:
+            others = by_endpoint.get(address, frozenset()) - {service}
+            if address in held:
+                by_endpoint[address] = others | {service}
+            elif others:
+                by_endpoint[address] = others
+            else:
+                by_endpoint.pop(address, None)
+    return groups.groups, by_endpoint
+
+
+class _Groups(Generic[Group, Member, Value]):
+    """Mappings by group. A group is copied when it is first changed, and forgotten when it is empty."""
+
+    def __init__(self, groups: Mapping[Group, Mapping[Member, Value]]) -> None:
+        self.groups: dict[Group, Mapping[Member, Value]] = dict(groups)
+        self._own: dict[Group, dict[Member, Value]] = {}
+
+    def _of(self, group: Group) -> dict[Member, Value]:
+        if group not in self._own:
+            self._own[group] = dict(self.groups.get(group, {}))
+            self.groups[group] = self._own[group]
+        return self._own[group]
+
+    def put(self, group: Group, member: Member, thing: Value) -> None:
+        self._of(group)[member] = thing
+
+    def remove(self, group: Group, member: Member) -> None:
+        members = self._of(group)
+        members.pop(member, None)
+        if not members:
+            del self.groups[group], self._own[group]
