@@ -32,7 +32,7 @@ class ApiServer:
     def kubectl(self, *args: str, input: str | None = None) -> str:
         """What `kubectl ARGS` says. Fails the test, with its own words, if it does."""
         command = [str(self.bins / "kubectl"), f"--kubeconfig={self.kubeconfig}", *args]
-        done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=60, env=_environment())
+        done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=90, env=_environment())
         assert done.returncode == 0, f"kubectl {' '.join(args)}:\n{done.stderr}{done.stdout}"
         return done.stdout
 
@@ -40,6 +40,8 @@ class ApiServer:
         """A fresh namespace's name. It lives as long as the cluster: deleting one takes longer than many tests."""
         name = f"{prefix}-{uuid.uuid4().hex[:8]}"
         self.kubectl("create", "namespace", name)
+        # Made by the controller-manager, which comes back some seconds after the API server did.
+        self.kubectl("-n", name, "wait", "--for=create", "serviceaccount/default", "--timeout=60s")
         return name
 
     def token(self, namespace: str, service_account: str, *options: str) -> str:

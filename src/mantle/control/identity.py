@@ -29,8 +29,7 @@ from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.ratelimit import Limited, RateLimiter
 from mantle.core.reasons import CertifyRefused
 from mantle.gen.io.linkerd.proxy import identity_pb2 as pb
-from mantle.platform.port import Platform, TokenClaims, TokenRejected
-from mantle.platform.remote import PlatformUnavailable
+from mantle.platform.port import Platform, PlatformUnavailable, TokenClaims, TokenRejected
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +195,7 @@ class Certifier:
                 CertifyRefused.PLATFORM_UNAVAILABLE,
                 f"no answer about the token ({error})",
                 "a review by the platform",
-                "check that Mantle's daemon runs; the proxy tries again by itself",
+                f"{error.fix}; the proxy tries again by itself",
             )
         if isinstance(outcome, TokenRejected):
             return Refusal(
@@ -220,7 +219,7 @@ class Certifier:
                 f"a token of identity's own pod {self.own_pod}",
                 fix,
             )
-        if claims.pod_ip and address == claims.pod_ip:
+        if claims.pod_ip and address in (claims.pod_ip, *claims.more_pod_ips):
             return None
         return Refusal(
             CertifyRefused.OTHER_ADDRESS,

@@ -1,7 +1,7 @@
 """One snapshot, made ready to be asked: pods by address and namespace, services by address, annotations parsed once.
 
 `endpoints` and `policy` decide from a `World`; the platform makes the snapshots. A change of one pod of thousands costs
-one pod: the platform says which objects changed (`Snapshot.changes`), or they are found by identity; `World.touched`
+one pod: the platform says which objects changed (`Snapshot.changes`), or they are found; `World.touched`
 says which answers may differ. Pure.
 """
 
@@ -239,7 +239,7 @@ def difference(before: Snapshot, now: Snapshot) -> Changes:
 
 
 def _differing(before: Mapping[Name, Value], now: Mapping[Name, Value]) -> Iterable[Name]:
-    yield from (name for name, value in now.items() if before.get(name) is not value)
+    yield from (name for name, value in now.items() if (old := before.get(name)) is not value and old != value)
     yield from (name for name in before if name not in now)
 
 

@@ -1,7 +1,7 @@
 """The platform port: what identity, destination and viz need from wherever they run, and nothing more.
 
-Implemented by `platform.remote` (the `mantle.v1.Platform` client that control-plane pods use on one machine) and,
-later, by `platform.kubernetes`.
+Implemented by `platform.remote` (the `mantle.v1.Platform` client that control-plane pods use on one machine) and by
+`platform.kubernetes`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class TokenClaims:
     pod_uid: str
     pod_ip: str
     """The address of the pod the token is bound to, as the platform knows it now."""
+    more_pod_ips: tuple[str, ...] = ()
+    """Its addresses beside that: a dual-stack pod has one of each family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,28 @@ class TokenRejected:
 
     reason: str
     detail: str
+
+
+class PlatformUnavailable(Exception):
+    """The platform did not answer. Retryable. `fix` is what a person can do if it stays so."""
+
+    def __init__(self, problem: str, fix: str = "check that Mantle's daemon runs") -> None:
+        super().__init__(problem)
+        self.fix = fix
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to an object, for those who look there (`kubectl describe`)."""
+
+    kind: str
+    """`ServiceAccount`, `Deployment`, `Pod` …"""
+    namespace: str
+    name: str
+    reason: str
+    """One word in CamelCase, such as `IssuedLeafCertificate`."""
+    message: str
+    warning: bool = False
 
 
 class Platform(Protocol):

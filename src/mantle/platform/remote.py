@@ -19,7 +19,7 @@ import grpc.aio
 
 from mantle.core.model import Snapshot
 from mantle.gen.mantle.v1 import platform_pb2 as pb
-from mantle.platform.port import TokenClaims, TokenRejected
+from mantle.platform.port import PlatformUnavailable, TokenClaims, TokenRejected
 from mantle.platform.wire import Mirror, review_from_proto
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,6 @@ RETRY = 0.2
 """Seconds between two attempts to reach the platform. One machine, one socket: nobody is spared by waiting longer."""
 MAX_MESSAGE = 64 * 1024 * 1024
 """Octets of one change: the first holds everything."""
-
-
-class PlatformUnavailable(Exception):
-    """The platform did not answer. Retryable."""
 
 
 class RemotePlatform:

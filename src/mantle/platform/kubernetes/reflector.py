@@ -46,6 +46,9 @@ class Timing:
     """Silence beyond the server's own end that means that nobody is there any more."""
 
 
+STEADY = Timing()
+
+
 # ---- what follows ----
 
 
@@ -188,7 +191,7 @@ class Reflector(Generic[Raw, Name, Value]):
         http: httpx2.AsyncClient,
         resource: Resource[Raw, Name, Value],
         changed: Callable[[tuple[Change[Name, Value], ...]], None],
-        timing: Timing = Timing(),
+        timing: Timing = STEADY,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._http, self._resource, self._changed, self._chance = http, resource, changed, chance
@@ -202,11 +205,18 @@ class Reflector(Generic[Raw, Name, Value]):
         """Set once everything has been listed. It stays set: old knowledge is better than none."""
         self.lists = 0
         """Complete lists so far."""
+        self._followed_until = float("-inf")
+        self._following = False
 
     @property
     def objects(self) -> Mapping[Name, Value]:
         """What is known now."""
         return self._copy.objects
+
+    @property
+    def true_at(self) -> float:
+        """When the copy was last known to be true, in seconds of the event loop's clock: now, while a watch runs."""
+        return asyncio.get_running_loop().time() if self._following else self._followed_until
 
     @property
     def trouble(self) -> WatchEnded | None:
@@ -225,6 +235,8 @@ class Reflector(Generic[Raw, Name, Value]):
                 ended = stop.ended
             except httpx2.HTTPError as error:
                 ended = _broken(error)
+            if self._following:
+                self._following, self._followed_until = False, asyncio.get_running_loop().time()
             if ended.why is WatchEnded.IN_TIME:
                 self._failures = 0
             else:
@@ -251,6 +263,7 @@ class Reflector(Generic[Raw, Name, Value]):
                 break
             params["continue"] = page.metadata.continue_
         self._version = page.metadata.resourceVersion
+        self._followed_until = asyncio.get_running_loop().time()
         self._tell(self._copy.replace(objects))
         self.lists += 1
         self.synced.set()
@@ -278,6 +291,7 @@ class Reflector(Generic[Raw, Name, Value]):
             if response.status_code != 200:
                 raise _Stop(_refused(response.status_code, response.headers, await response.aread()))
             self._works()
+            self._following = True
             async for lines in _batches(response):
                 changes: list[Change[Name, Value]] = []
                 try:
