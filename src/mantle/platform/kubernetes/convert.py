@@ -33,6 +33,8 @@ SERVICE_NAME = "kubernetes.io/service-name"
 """The label of a slice that says whose it is."""
 OUR_ANNOTATIONS = ("mantle.dev/", "config.mantle.dev/", "viz.mantle.dev/")
 """Prefixes of the annotations that anything here decides by. The others are not kept: some are larger than the pod."""
+GRPC_HEALTH = "/grpc.health.v1.Health/Check"
+"""What a grpc probe asks (https://github.com/grpc/grpc/blob/master/doc/health-checking.md)."""
 BETWEEN = {"ReplicaSet": "apps", "Job": "batch"}
 """Kinds that stand between a workload and its pods, and their API group."""
 Int = int | None
@@ -70,8 +72,13 @@ class HttpGet(Fields):
     path: str = "/"
 
 
+class Grpc(Fields):
+    port: int = 0
+
+
 class Probe(Fields):
     http_get: HttpGet | None = None
+    grpc: Grpc | None = None
 
 
 class Container(Fields):
@@ -230,7 +237,7 @@ def pod(raw: PodObject) -> tuple[Key, SeenPod | None]:
         node=spec.node_name,
         host_network=spec.host_network,
         proxy_started=proxy_started(status),
-        probe_paths=tuple(_probe_paths(serving)),
+        probe_paths=tuple(dict.fromkeys(_probe_paths(serving))),
         more_ips=others,
     )
     return key, SeenPod(seen, between, meta.deletion_timestamp is not None)
@@ -273,11 +280,12 @@ def _probe_paths(containers: list[Container]) -> Iterator[tuple[int, str]]:
     for container in containers:
         named = {port.name: port.container_port for port in container.ports or () if port.name}
         for probe in (container.startup_probe, container.readiness_probe, container.liveness_probe):
-            asked = probe.http_get if probe is not None else None
-            if asked is not None:
+            if probe is not None and (asked := probe.http_get) is not None:
                 number = named.get(asked.port) if isinstance(asked.port, str) else asked.port
                 if number:
                     yield number, asked.path or "/"
+            elif probe is not None and probe.grpc is not None:
+                yield probe.grpc.port, GRPC_HEALTH
 
 
 def _condition(status: PodStatus, kind: str) -> bool:
