@@ -154,7 +154,7 @@ def test_what_the_injector_writes_into_its_webhooks_survives_an_upgrade(changed:
 
 @pytest.mark.parametrize("prune", [PLAIN_PRUNE, FULL_PRUNE], ids=["plain", "full"])
 def test_prune_removes_what_is_obsolete_and_cannot_reach_the_ca(changed: ApiServer, prune: tuple[str, ...]):
-    before = ca(installed)
+    before = ca(changed)
     obsolete = {"apiVersion": "v1", "kind": "ConfigMap"}
     obsolete["metadata"] = {"name": "obsolete", "namespace": NS, "labels": {PART_OF: "mantle"}}
     changed.kubectl("apply", "-f", "-", input=json.dumps(obsolete))
@@ -162,7 +162,7 @@ def test_prune_removes_what_is_obsolete_and_cannot_reach_the_ca(changed: ApiServ
 
     changed.kubectl(*prune, input=printed(changed, "upgrade"))
     assert names(changed, "configmap") == ["mantle-config"]
-    assert ca(installed) == before
+    assert ca(changed) == before
     assert sorted(names(changed, "deployment")) == sorted(f"mantle-{c}" for c in COMPONENTS)
 
 
@@ -181,12 +181,12 @@ def test_ha_comes_with_an_upgrade_is_remembered_and_goes_with_another(changed: A
 
 def test_half_an_upgrade_with_prune_still_leaves_the_ca(changed: ApiServer):
     """Somebody filters the output: everything that is not in it is obsolete to kubectl."""
-    before = ca(installed)
+    before = ca(changed)
     documents = printed(changed, "upgrade").split("---\n")
     only = "---\n".join(d for d in documents if "kind: ServiceAccount\n" in d)
     changed.kubectl(*FULL_PRUNE, input=only)
     assert names(changed, "deployment") == []
-    assert ca(installed) == before
+    assert ca(changed) == before
 
 
 # ---- rights ----

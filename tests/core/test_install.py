@@ -113,10 +113,24 @@ def test_no_rule_has_a_wildcard():
             assert not any("*" in item for item in rule.get(field, [])), rule
 
 
+def test_each_component_may_follow_what_its_program_follows_and_nothing_more():
+    from mantle.platform.kubernetes.world import DISCOVERY, IDENTITY
+
+    for component, kinds in (("identity", IDENTITY), ("destination", DISCOVERY), ("viz", DISCOVERY)):
+        watched = {
+            f"{resource}.{group}" if group else resource
+            for rule in find(OBJECTS, "ClusterRole", f"mantle-{component}")["rules"]
+            if {"list", "watch"} <= set(rule["verbs"])
+            for group in rule["apiGroups"]
+            for resource in rule["resources"]
+        }
+        assert watched == {kind.value for kind in kinds}
+
+
 def test_no_rule_reads_the_issuer():
     for role in (o for o in OBJECTS if o["kind"] in ("Role", "ClusterRole")):
         for rule in role["rules"]:
-            if "secrets" in rule["resources"] and set(rule["verbs"]) != {"create"}:
+            if "secrets" in rule.get("resources", []) and set(rule["verbs"]) != {"create"}:
                 assert role["kind"] == "Role"
                 assert rule["resourceNames"] == [f"{role['metadata']['name']}-tls"]
 
