@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from mantle.platform.machine.netlink import Route
-from mantle.platform.machine.state import state_root
+from mantle.platform.machine.places import state_root
 
 # ruff: noqa: ASYNC240, ASYNC110
 pytestmark = [pytest.mark.root, pytest.mark.mesh]

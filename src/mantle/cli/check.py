@@ -83,7 +83,7 @@ def object_of(found: Sequence[Category]) -> dict[str, Any]:
 
 def _machine() -> list[Finding]:
     from mantle.platform.machine import firewall, namespaces
-    from mantle.platform.machine.programs import find_proxy
+    from mantle.platform.machine.places import find_proxy
 
     proxy = ""
     try:

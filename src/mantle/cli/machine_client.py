@@ -7,7 +7,6 @@ Which mesh: the one named, else the only one that runs; where several run, an er
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,14 +16,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from mantle.cli.output import Failure, Problem
-
-
-def state_root() -> Path:
-    """Where this user's meshes live: tmpfs, one directory a mesh."""
-    if os.geteuid() == 0:
-        return Path("/run/mantle")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "mantle" if runtime else Path(f"/dev/shm/mantle-{os.geteuid()}")
+from mantle.platform.machine.places import state_root as state_root
 
 
 def running_meshes(root: Path) -> list[str]:

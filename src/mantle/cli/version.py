@@ -41,7 +41,7 @@ def proxy_version() -> str | None:
     """What `mantle-proxy --version` says, None if there is no such program."""
     import subprocess
 
-    from mantle.platform.machine.programs import find_proxy
+    from mantle.platform.machine.places import find_proxy
 
     try:
         program = find_proxy()

@@ -13,8 +13,8 @@ import mantle
 from mantle.core.proxy_env import Values
 from mantle.platform.machine.dns_server import host_resolver
 from mantle.platform.machine.images import Image
+from mantle.platform.machine.places import find_proxy, own_programs
 from mantle.platform.machine.plan import NOBODY, Machine, User
-from mantle.platform.machine.programs import find_proxy, own_programs
 from mantle.platform.machine.state import MeshConfig, StateDir
 
 PROXY_MARK = 0x6D

@@ -8,7 +8,8 @@ from typing import Any
 from mantle.platform.machine import host
 from mantle.platform.machine.applying import prepare, request_of
 from mantle.platform.machine.controller import RESERVED
-from mantle.platform.machine.state import MeshConfig, StateDir, state_root
+from mantle.platform.machine.places import state_root
+from mantle.platform.machine.state import MeshConfig, StateDir
 from mantle.platform.machine.yamlpos import Mistake
 
 

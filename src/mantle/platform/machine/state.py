@@ -22,14 +22,6 @@ POD_CIDR = "10.203.0.0/17"
 SERVICE_CIDR = "10.203.128.0/17"
 
 
-def state_root() -> Path:
-    """Where this user's meshes live: a tmpfs of their own, one directory a mesh."""
-    if os.geteuid() == 0:
-        return Path("/run/mantle")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "mantle" if runtime else Path(f"/dev/shm/mantle-{os.geteuid()}")
-
-
 @dataclass(frozen=True, slots=True)
 class MeshConfig:
     """`mesh.json`: what a mesh was started with, once for its life."""

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from mantle.platform.machine.router import UPLINK
 from mantle.platform.machine.spec import NodeConfig
 
 _PREFIX = "mantle"
+_LINK = re.compile(rf"{_PREFIX}[0-9]+\Z")
 _LINKS = ipaddress.IPv4Network("169.254.203.0/24")
 """Link-local, so that it is nobody's network: link number n has the n-th /30."""
 _IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
@@ -96,7 +98,7 @@ def restore(records: Path) -> None:
     if not (records / "ip_forward").exists():
         return
     with _records_locked(records) as record:
-        if not record.exists() or any(name.startswith(_PREFIX) for _, name in socket.if_nameindex()):
+        if not record.exists() or any(_LINK.match(name) for _, name in socket.if_nameindex()):
             return
         _IP_FORWARD.write_text(record.read_text())
         record.unlink()

@@ -1,0 +1,46 @@
+"""Where the files of meshes lie: in memory, whatever the machine is."""
+
+from pathlib import Path
+
+import pytest
+
+from mantle.platform.machine import places
+
+MACHINE = "ext4 / ext4 rw 0 0\ntmpfs /run tmpfs rw 0 0\ntmpfs /run/user/1000 tmpfs rw 0 0\nproc /proc proc rw 0 0\n"
+CONTAINER = "overlay / overlay rw 0 0\ntmpfs /dev/shm tmpfs rw 0 0\n/dev/sda1 /run/user/1000 ext4 rw 0 0\n"
+
+
+@pytest.mark.parametrize(
+    ("mounts", "directory", "in_memory"),
+    [
+        (MACHINE, "/run", True),
+        (MACHINE, "/run/user/1000", True),
+        (MACHINE, "/runner", False),
+        (CONTAINER, "/run", False),
+        (CONTAINER, "/run/user/1000", False),
+        (CONTAINER, "/dev/shm", True),
+        (MACHINE + "/dev/sda2 /run/user/1000 ext4 rw 0 0\n", "/run/user/1000", False),
+    ],
+)
+def test_a_directory_in_memory(mounts: str, directory: str, in_memory: bool, tmp_path: Path) -> None:
+    (tmp_path / "mounts").write_text(mounts)
+    assert places.in_memory(directory, str(tmp_path / "mounts")) is in_memory
+
+
+@pytest.mark.parametrize(
+    ("uid", "runtime", "memory", "found"),
+    [
+        (0, "", True, "/run/mantle"),
+        (0, "", False, "/dev/shm/mantle-0"),
+        (7, "/run/user/7", True, "/run/user/7/mantle"),
+        (7, "/run/user/7", False, "/dev/shm/mantle-7"),
+        (7, "", True, "/dev/shm/mantle-7"),
+    ],
+)
+def test_the_root_of_all_meshes(
+    uid: int, runtime: str, memory: bool, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places.os, "geteuid", lambda: uid)
+    monkeypatch.setattr(places, "in_memory", lambda _: memory)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+    assert str(places.state_root()) == found
