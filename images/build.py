@@ -37,6 +37,8 @@ USERS = {
     "/etc/group": "root:x:0:\nmantle:x:2103:\n",
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
 }
+NET_ADMIN = 1 << 12
+"""What `mantle-proxy redirect` needs; an init container that is not root finds an added capability here only."""
 PYTHON_ENV = ["PATH=/usr/bin:/bin", "PYTHONPATH=/opt/mantle/lib:/opt/mantle/app", "PYTHONDONTWRITEBYTECODE=1"]
 
 
@@ -103,7 +105,8 @@ class Workshop:
         built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
         stripped = self.scratch / "mantle-proxy"
         subprocess.run(["strip", "-o", stripped, built], check=True)
-        return self.layer("proxy", {"/usr/bin/mantle-proxy": stripped})
+        program = "/usr/bin/mantle-proxy"
+        return oci.layer(self.scratch / "proxy.tar", {program: stripped}, {program: NET_ADMIN})
 
 
 def images(shop: Workshop, wanted: set[str]) -> Iterator[tuple[str, Image]]:

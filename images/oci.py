@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import tarfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ class Layer:
     size: int
 
 
-def layer(path: Path, entries: Mapping[str, Path | bytes]) -> Layer:
+def layer(path: Path, entries: Mapping[str, Path | bytes], permitted: Mapping[str, int] | None = None) -> Layer:
     """Writes a layer of `entries` (absolute path in the image → file, directory or content) to `path`.
 
-    Directories are walked; caches and byte code of Python are left out unless named themselves.
+    Directories are walked; caches and byte code of Python are left out unless named themselves. `permitted`: the file
+    capabilities (a mask, capabilities(7)) of some paths.
     """
     found: dict[str, Path | bytes] = {}
+    capabilities = {target.lstrip("/"): mask for target, mask in (permitted or {}).items()}
     for target, source in entries.items():
         if isinstance(source, bytes) or not source.is_dir():
             found[target.lstrip("/")] = source
@@ -44,7 +47,7 @@ def layer(path: Path, entries: Mapping[str, Path | bytes]) -> Layer:
             if "__pycache__" not in file.parts and (file.is_file() or file.is_symlink()):
                 found[f"{target.strip('/')}/{file.relative_to(source)}"] = file
     directories = {str(parent) for name in found for parent in Path(name).parents} - {"."}
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name in sorted(directories | set(found)):
             info, source = tarfile.TarInfo(name), found.get(name)
             info.mtime, info.mode = EPOCH, 0o755
@@ -57,6 +60,10 @@ def layer(path: Path, entries: Mapping[str, Path | bytes]) -> Layer:
             else:
                 content = source if isinstance(source, bytes) else source.read_bytes()
                 info.size = len(content)
+                if name in capabilities:
+                    # Permitted and not effective: a container whose bounds lack it can start the file all the same.
+                    value = struct.pack("<IIIII", 0x02000000, capabilities[name], 0, 0, 0)
+                    info.pax_headers = {"SCHILY.xattr.security.capability": value.decode("ascii")}
                 info.mode = 0o755 if isinstance(source, Path) and os.access(source, os.X_OK) else 0o644
                 tar.addfile(info, io.BytesIO(content))
     return measured(path)

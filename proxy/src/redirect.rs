@@ -14,6 +14,7 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, Socket, Type};
 
 mod nft;
+mod privilege;
 #[cfg(test)]
 mod tests;
 
@@ -69,6 +70,8 @@ pub(crate) enum Error {
     Differs(Vec<String>),
     /// The rules are there but a connection was not redirected.
     NotRedirected(String),
+    /// Nothing can leave this network namespace, so nothing was tried.
+    NoRoute,
 }
 
 /// Runs the subcommand. `args` are those after `redirect`. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -83,6 +86,10 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Err(error) = privilege::take_up_net_admin() {
+        eprintln!("mantle-proxy redirect: taking up the capability NET_ADMIN: {error}");
+        return ExitCode::FAILURE;
+    }
     match run(&command) {
         Ok(done) => {
             println!("{done}");
@@ -99,8 +106,16 @@ fn run(command: &Command) -> Result<String, Error> {
     match command {
         Command::Install(rules) => {
             install(rules)?;
-            compare(rules)?;
-            Ok(format!("redirect installed: outbound to {}, inbound to {}", rules.outbound_port, rules.inbound_port))
+            let tried = compare(rules).and_then(|()| match try_connection(rules) {
+                Err(Error::NoRoute) => Ok("this network namespace has no route yet, so no connection was tried".into()),
+                tried => tried,
+            });
+            let tried = tried.inspect_err(|_| {
+                // A redirect that does not work is worse than none: the pod must not start half-configured.
+                let _ = remove();
+            })?;
+            let (outbound, inbound) = (rules.outbound_port, rules.inbound_port);
+            Ok(format!("redirect installed: outbound to {outbound}, inbound to {inbound}; {tried}"))
         }
         Command::Verify(rules) => {
             compare(rules)?;
@@ -108,10 +123,14 @@ fn run(command: &Command) -> Result<String, Error> {
             Ok(format!("redirect verified: the rules are exactly the ones asked for; {tried}"))
         }
         Command::Remove => {
-            Nft::open()?.commit(Batch::new().replace_table(TABLE, false))?;
+            remove()?;
             Ok("redirect removed".to_owned())
         }
     }
+}
+
+fn remove() -> Result<(), Error> {
+    Nft::open()?.commit(Batch::new().replace_table(TABLE, false))
 }
 
 /// Replaces the whole table in one transaction: at no moment is a connection without rules.
@@ -208,7 +227,7 @@ fn try_connection(rules: &Rules) -> Result<String, Error> {
         }
     }
     if tried.is_empty() {
-        return Err(Error::NotRedirected("this network namespace has no route that leads out".to_owned()));
+        return Err(Error::NoRoute);
     }
     Ok(tried.join(", "))
 }
@@ -389,6 +408,9 @@ impl fmt::Display for Error {
                 f,
                 "the rules in table `inet {TABLE}` are not the ones asked for: {}; run `mantle-proxy redirect install` with the same flags",
                 differences.join("; ")
+            ),
+            Self::NoRoute => f.write_str(
+                "the rules are installed but not seen to work: this network namespace has no route that leads out; run it after the pod's network is up",
             ),
             Self::NotRedirected(what) => write!(
                 f,
