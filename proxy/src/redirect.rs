@@ -248,6 +248,8 @@ fn redirected(target: SocketAddr, proxy: SocketAddr) -> io::Result<&'static str>
         Err(error) => return Err(error),
     };
     let client = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
+    // Both ends close with a reset: a connection that waits for its time to pass would keep the port from the proxy.
+    client.set_linger(Some(Duration::ZERO))?;
     client.connect_timeout(&target.into(), PATIENCE)?;
     if !listening {
         return Ok("reached the running proxy");
@@ -256,6 +258,7 @@ fn redirected(target: SocketAddr, proxy: SocketAddr) -> io::Result<&'static str>
     loop {
         match listener.accept() {
             Ok((accepted, _)) => {
+                accepted.set_linger(Some(Duration::ZERO))?;
                 let original =
                     if target.is_ipv4() { accepted.original_dst_v4()? } else { accepted.original_dst_v6()? };
                 if original.as_socket() == Some(target) {
