@@ -83,16 +83,20 @@ impl Links {
         let proxy = SocketAddr::new(endpoint.addr.ip(), endpoint.opaque_transport.unwrap_or(endpoint.addr.port()));
         let key = (proxy, identity);
         let open = Open { port, protocol: hint, authority: None };
-        // Each turn either opens a stream or waits for a dial; a fresh link takes a stream unless others filled it at once.
-        for _ in 0..ATTEMPTS {
+        // A fresh link takes a stream, unless others filled it at once or its peer renews its certificate just now.
+        let mut dialled = 0;
+        loop {
             if let Some(stream) = self.0.on_pooled(&key, credentials.epoch, &open) {
                 return Ok(stream);
             }
+            if dialled == ATTEMPTS {
+                return Err(Unroutable::ConnectFailed);
+            }
+            dialled += 1;
             let mut outcome = Inner::dialling(&self.0, &key, credentials);
-            let dialled = outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| *outcome);
-            dialled.unwrap_or(Err(Unroutable::ConnectFailed))?;
+            let outcome = outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| *outcome);
+            outcome.unwrap_or(Err(Unroutable::ConnectFailed))?;
         }
-        Err(Unroutable::ConnectFailed)
     }
 
     /// Lets links go whose certificate was replaced, as soon as it is. Ends with the control side.
@@ -245,4 +249,5 @@ fn until_instant(end: SystemTime) -> Instant {
 const HANDSHAKE: Duration = Duration::from_secs(5);
 /// Links to one peer with one certificate.
 const MAX_LINKS: usize = 4;
+/// Dials that one stream waits for.
 const ATTEMPTS: usize = 4;

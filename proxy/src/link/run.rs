@@ -138,7 +138,7 @@ impl Link {
         let mut wire = Wire { out: Vec::new(), sent: 0, unflushed: false };
         let mut ticks = interval_at(Instant::now() + TICK, TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut life = Life { heard: Instant::now(), asked: false };
+        let mut life = Life { heard: Instant::now(), asked: false, was_over: false };
         let (mut drain, mut end) = (pin!(drain), pin!(sleep_until(until)));
         let mut draining = false;
         let closed = poll_fn(|cx| {
@@ -269,9 +269,12 @@ impl Link {
                 session.go_away();
             }
             drop(session);
-            if unused >= TICK && self.is_over() {
+            // Not at once: what the peer opened before it heard our goodbye may be on its way still.
+            let over = unused >= TICK && self.is_over();
+            if over && life.was_over {
                 return Err(LinkClosed::Drained);
             }
+            life.was_over = over;
         }
         Ok(())
     }
@@ -289,8 +292,10 @@ impl Link {
 
     fn close(&self, why: LinkClosed) {
         self.closed.set(Some(why));
-        for stream in self.streams.borrow().values() {
-            stream.ended(StreamReset::Broken);
+        let session = self.session.borrow();
+        for (id, stream) in &*self.streams.borrow() {
+            // Of what has not left the peer knows nothing: its user may try again.
+            stream.ended(if session.has_left(*id) { StreamReset::Broken } else { StreamReset::Refused });
         }
         self.ready.notify_waiters();
     }
@@ -353,6 +358,8 @@ struct Life {
     heard: Instant,
     /// It was asked since it was last heard.
     asked: bool,
+    /// At the last tick somebody had said goodbye and nothing was open.
+    was_over: bool,
 }
 
 thread_local! {

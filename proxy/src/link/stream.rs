@@ -43,7 +43,8 @@ pub(super) struct Shared {
     writer: Cell<Option<Waker>>,
 }
 
-/// Why reading or writing failed: found inside the `io::Error` (`ConnectionReset`).
+/// Why reading or writing failed: found inside the `io::Error`. Its kind is `ConnectionRefused` if the peer never saw
+/// anything of the stream (so that it can be tried again), else `ConnectionReset`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct StreamEnded(pub(super) StreamReset);
 
@@ -183,6 +184,10 @@ impl std::error::Error for StreamEnded {}
 
 impl From<StreamEnded> for io::Error {
     fn from(ended: StreamEnded) -> Self {
-        Self::new(io::ErrorKind::ConnectionReset, ended)
+        let kind = match ended.0 {
+            StreamReset::Refused => io::ErrorKind::ConnectionRefused,
+            _ => io::ErrorKind::ConnectionReset,
+        };
+        Self::new(kind, ended)
     }
 }

@@ -2,9 +2,9 @@
 
 use std::cell::Cell;
 
-use mantle_proxy_core::model::Hint;
+use mantle_proxy_core::model::{Hint, PeerId};
 use mantle_proxy_core::reasons::StreamReset;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio::task::LocalSet;
@@ -19,6 +19,8 @@ struct Server {
     links: Rc<Cell<usize>>,
     closed: Rc<RefCell<Vec<LinkClosed>>>,
     drain: Rc<Notify>,
+    /// How many of the next links are drained as soon as they are made.
+    drained_at_once: Rc<Cell<usize>>,
     one_closed: Rc<Notify>,
 }
 
@@ -55,19 +57,26 @@ async fn server(credentials: Arc<Credentials>) -> Server {
     let addr = listener.local_addr().unwrap();
     let (links, closed) = (Rc::new(Cell::new(0)), Rc::new(RefCell::new(Vec::new())));
     let (drain, one_closed) = (Rc::new(Notify::new()), Rc::new(Notify::new()));
-    let server = Server { addr, links, closed, drain, one_closed };
-    let (links, closed) = (server.links.clone(), server.closed.clone());
+    let server = Server { addr, links, closed, drain, one_closed, drained_at_once: Rc::default() };
+    let (links, closed, at_once) = (server.links.clone(), server.closed.clone(), server.drained_at_once.clone());
     let (drain, one_closed) = (server.drain.clone(), server.one_closed.clone());
     spawn_local(async move {
         loop {
             let (tcp, _) = listener.accept().await.unwrap();
             let (links, closed, credentials) = (links.clone(), closed.clone(), credentials.clone());
             let (drain, one_closed) = (drain.clone(), one_closed.clone());
+            let now = at_once.get() > 0;
+            at_once.set(at_once.get().saturating_sub(1));
             spawn_local(async move {
                 let Ok(tls) = TlsAcceptor::from(credentials.server_link.clone()).accept(tcp).await else { return };
                 links.set(links.get() + 1);
                 let accept = |open, io| drop(spawn_local(stream(open, io)));
-                let why = serve(tls, &credentials, accept, drain.notified()).await;
+                let drained = async {
+                    if !now {
+                        drain.notified().await
+                    }
+                };
+                let why = serve(tls, &credentials, accept, drained).await;
                 closed.borrow_mut().push(why);
                 one_closed.notify_one();
             });
@@ -254,10 +263,113 @@ fn a_draining_peer_finishes_what_is_open_and_gets_no_more() {
 #[test]
 fn a_link_that_the_peer_drains_as_soon_as_it_is_made_is_dialled_again() {
     play(|links, server, web| async move {
-        server.drain.notify_one(); // the first link meets it before its first frame
+        server.drained_at_once.set(3);
         echo(&links, &endpoint(&server, API), &web, b"renewed meanwhile").await;
-        assert_eq!((server.links.get(), up(&links)), (2, 1));
+        assert_eq!((server.links.get(), up(&links)), (4, 1), "the last dial counts, too");
     });
+}
+
+/// One side of a link by hand, over memory, on virtual time.
+struct Hand {
+    session: mantle_proxy_core::mux::Session,
+    io: DuplexStream,
+}
+
+impl Hand {
+    fn new(role: Role) -> (Self, DuplexStream) {
+        let (io, far) = duplex(64 << 10);
+        (Self { session: mantle_proxy_core::mux::Session::new(role, Default::default()), io }, far)
+    }
+
+    async fn say(&mut self) {
+        let mut out = Vec::new();
+        self.session.transmit(Duration::ZERO, &mut out, 64 << 10);
+        self.io.write_all(&out).await.unwrap();
+    }
+
+    /// Hands over our SETTINGS and takes theirs.
+    async fn greet(&mut self) {
+        self.say().await;
+        while !self.session.is_ready() {
+            let mut bytes = [0; 64];
+            let n = self.io.read(&mut bytes).await.unwrap();
+            assert_eq!(self.session.receive(Duration::ZERO, &mut &bytes[..n]).unwrap(), None);
+        }
+    }
+
+    /// Reads until `seen` is content with what the session heard.
+    async fn hear(&mut self, mut seen: impl FnMut(&mantle_proxy_core::mux::Event<'_>) -> bool) {
+        let (mut bytes, mut content) = ([0; 4096], false);
+        while !content {
+            let n = self.io.read(&mut bytes).await.unwrap();
+            assert!(n > 0, "the link was closed");
+            let mut rest = &bytes[..n];
+            while let Some(event) = self.session.receive(Duration::ZERO, &mut rest).unwrap() {
+                content |= seen(&event);
+            }
+        }
+    }
+}
+
+fn somebody() -> PeerId {
+    PeerId { dns: API.into(), spiffe: None }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_opened_before_the_goodbye_was_heard_is_served_though_the_link_was_idle_for_long() {
+    LocalSet::new()
+        .run_until(async {
+            let (mut dialler, far) = Hand::new(Role::Dialler);
+            let link = Rc::new(Link::new(Role::Acceptor, somebody(), 1));
+            let drain = Rc::new(Notify::new());
+            let drained = drain.clone();
+            let served = spawn_local(async move {
+                let accept = |open, io| drop(spawn_local(stream(open, io)));
+                link.run(far, Instant::now() + Duration::from_secs(3600), accept, pin!(drained.notified())).await
+            });
+            dialler.greet().await;
+            tokio::time::sleep(Duration::from_millis(24_900)).await; // idle, and about to be looked at
+            drain.notify_one();
+            tokio::time::sleep(Duration::from_millis(200)).await; // the OPEN crosses the goodbye
+            let id = dialler.session.open(Duration::ZERO, opened(7)).unwrap();
+            dialler.session.send(Duration::ZERO, id, b"late");
+            dialler.say().await;
+            dialler.hear(|event| matches!(event, mantle_proxy_core::mux::Event::Data { bytes: b"late", .. })).await;
+            drop(dialler);
+            served.await.unwrap();
+        })
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_ends_with_its_link_says_whether_the_peer_can_have_seen_it() {
+    LocalSet::new()
+        .run_until(async {
+            for (leaves_first, kind) in
+                [(true, io::ErrorKind::ConnectionReset), (false, io::ErrorKind::ConnectionRefused)]
+            {
+                let (mut acceptor, far) = Hand::new(Role::Acceptor);
+                let link = Rc::new(Link::new(Role::Dialler, somebody(), 1));
+                let running = link.clone();
+                let until = Instant::now() + Duration::from_secs(3600);
+                spawn_local(async move { running.run(far, until, |_, _| {}, std::future::pending()).await });
+                acceptor.greet().await;
+                link.ready().await.unwrap();
+                let mut stream = link.open(opened(7)).unwrap();
+                stream.write_all(b"x").await.unwrap();
+                if leaves_first {
+                    acceptor.hear(|event| matches!(event, mantle_proxy_core::mux::Event::Data { .. })).await;
+                }
+                drop(acceptor);
+                let error = stream.read(&mut [0; 1]).await.unwrap_err();
+                assert_eq!(error.kind(), kind);
+            }
+        })
+        .await;
+}
+
+fn opened(port: u16) -> Open {
+    Open { port, protocol: LinkHint::Opaque, authority: None }
 }
 
 #[test]
@@ -284,7 +396,7 @@ fn a_new_certificate_means_a_new_link_and_the_old_one_drains() {
 #[test]
 fn a_link_ends_with_its_certificates() {
     play(|links, server, web| async move {
-        let short = Credentials { not_after: SystemTime::now() + Duration::from_millis(300), ..take(web) };
+        let short = Credentials { not_after: SystemTime::now() + Duration::from_secs(2), ..take(web) };
         let mut stream = links.open(&endpoint(&server, API), &Arc::new(short), 9, LinkHint::Opaque).await.unwrap();
         let error = stream.read(&mut [0; 1]).await.unwrap_err();
         assert_eq!(why(&error), Some(StreamReset::Broken));

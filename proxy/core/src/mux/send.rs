@@ -22,6 +22,8 @@ pub(super) struct Sender {
     pub(super) grants: Vec<StreamId>,
     /// What the peer's link window still takes.
     pub(super) link_window: i64,
+    /// The last stream of which something was handed out.
+    pub(super) left: StreamId,
     /// Streams that the peer has not heard of, in the order of their ids.
     opening: VecDeque<(StreamId, Open)>,
     table: BTreeMap<Open, u16>,
@@ -186,6 +188,7 @@ impl Session {
             let Some(id) = self.sender.small.pop_front().or_else(|| self.sender.bulk.pop_front()) else { break };
             self.write_data(now, id, None, out);
         }
+        self.sender.left = self.sender.opening.front().map_or(self.high, |(id, _)| id - 1);
     }
 
     /// Announces a stream; its first data, if it has some, travels with it or follows from a queue.
@@ -290,6 +293,7 @@ impl Sender {
             last: None,
             grants: Vec::new(),
             link_window: 0,
+            left: 0,
             opening: VecDeque::new(),
             table: BTreeMap::new(),
             small: VecDeque::new(),

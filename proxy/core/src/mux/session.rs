@@ -152,6 +152,11 @@ impl Session {
         self.peer_left || self.left
     }
 
+    /// True if `transmit` has handed out anything of the stream: its peer may know of it. False proves that it does not.
+    pub fn has_left(&self, id: StreamId) -> bool {
+        id <= self.sender.left
+    }
+
     pub fn open_streams(&self) -> usize {
         self.streams.len()
     }
