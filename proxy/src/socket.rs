@@ -103,8 +103,9 @@ fn set_options(socket: &impl AsFd) -> io::Result<()> {
 
 /// Accepts until the caller drops it: hands each connection to `serve` (which must only spawn) and never stops for an error.
 ///
-/// At the file limit a connection is accepted on a spare descriptor and closed, so that its client is told at once;
-/// `refused` counts it, and the loop pauses briefly so that a full table does not become a busy loop.
+/// At the file limit connections are accepted on a spare descriptor, one by one, and closed, so that their clients are
+/// told at once; `refused` counts each. After some of them the loop pauses briefly: a full table must not keep the
+/// thread from those who are served.
 pub(crate) async fn accept(
     listener: &TcpListener,
     mut serve: impl FnMut(TcpStream, SocketAddr),
@@ -121,10 +122,11 @@ pub(crate) async fn accept(
         };
         if is_exhausted(&error) {
             drop(spare.take());
-            let closed_at_once = tokio::time::timeout(Duration::ZERO, listener.accept()).await;
-            drop(closed_at_once);
+            for _ in 0..REFUSALS {
+                let Ok(Ok(_closed)) = tokio::time::timeout(Duration::ZERO, listener.accept()).await else { break };
+                refused(&error);
+            }
             spare = File::open("/dev/null").ok();
-            refused(&error);
             tokio::time::sleep(BACK_OFF).await;
         } // else: that one connection failed before it was accepted (ECONNABORTED and the like)
     }
@@ -163,6 +165,8 @@ pub(crate) fn no_huge_pages() {
 
 const BACKLOG: i32 = 4096;
 const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Connections refused between two pauses.
+const REFUSALS: usize = 64;
 const BACK_OFF: Duration = Duration::from_millis(10);
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
-"""The applications of the proxy's tests: an HTTP/1.1 server that tells what it saw, small TCP servers, and a gRPC
-server and client. These two are programs, because gRPC makes threads: `apps.py grpc-server PORT|grpc-client TARGET`.
+"""The applications of the proxy's tests: an HTTP/1.1 server that tells what it saw, small TCP servers, a gRPC server
+and client, and crowds of silent connections. These are programs, because gRPC makes threads and a crowd needs files:
+`apps.py grpc-server PORT|grpc-client TARGET SERVER_ID|crowd HOST PORT SIZE|hold PORT`.
 """
 
 from __future__ import annotations
@@ -7,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import resource
+import selectors
 import socket
 import ssl
 import sys
@@ -158,13 +161,50 @@ def tls_echo(context: ssl.SSLContext) -> Callable[[socket.socket], None]:
     return handle
 
 
+# ---- crowds ----
+
+
+def crowd(host: str, port: int, size: int) -> None:
+    """Opens `size` connections and says nothing on them until its standard input ends. Prints how many came about."""
+    _all_files()
+    opened = []
+    for _ in range(size):
+        with contextlib.suppress(OSError):
+            opened.append(socket.create_connection((host, port), 5))
+    print(len(opened), flush=True)
+    sys.stdin.read()
+
+
+def hold(port: int) -> None:
+    """Accepts whatever comes, says nothing and hangs up only after the other side has."""
+    _all_files()
+    listener = socket.create_server(("0.0.0.0", port), backlog=4096)
+    print("ready", flush=True)
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is listener:
+                    selector.register(listener.accept()[0], selectors.EVENT_READ)
+                else:
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()  # type: ignore[union-attr]
+
+
+def _all_files() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 # ---- gRPC ----
 
 
 def grpc_server(port: int) -> None:
     """`/test.Echo/Unary` answers with what it heard and the caller's identity; `/test.Echo/Both` echoes a stream and
-    ends with NOT_FOUND and a trailer after `stop`."""
+    ends with NOT_FOUND and a trailer after `stop`; `/test.Echo/Slow` answers when the call before it was given up."""
     import grpc
+
+    given_up = threading.Semaphore(0)
 
     def identity(context: Any) -> bytes:
         return dict(context.invocation_metadata()).get("l5d-client-id", "nobody").encode()
@@ -179,8 +219,18 @@ def grpc_server(port: int) -> None:
                 context.abort(grpc.StatusCode.NOT_FOUND, "stopped")
             yield request
 
+    def slow(request: bytes, context: Any) -> bytes:
+        if request == b"never":
+            over = threading.Event()
+            if context.add_callback(over.set):
+                over.wait(30)
+            given_up.release()
+            return b""
+        return b"given up" if given_up.acquire(timeout=30) else b"still waited for"
+
     server = grpc.server(ThreadPoolExecutor(8))
     handlers = {
+        "Slow": grpc.unary_unary_rpc_method_handler(slow),
         "Unary": grpc.unary_unary_rpc_method_handler(unary),
         "Both": grpc.stream_stream_rpc_method_handler(both),
     }
@@ -191,8 +241,8 @@ def grpc_server(port: int) -> None:
     server.wait_for_termination()
 
 
-def grpc_client(target: str) -> None:
-    """Talks to `grpc_server`; prints what happened as JSON."""
+def grpc_client(target: str, server_id: str) -> None:
+    """Talks to `grpc_server`, whose proxy is `server_id`; prints what happened as JSON."""
     import grpc
 
     seen: dict[str, Any] = {}
@@ -213,11 +263,29 @@ def grpc_client(target: str) -> None:
             channel.unary_unary("/test.Echo/Missing")(b"", timeout=10)
         except grpc.RpcError as error:
             seen["missing"] = error.code().name
+        slow = channel.unary_unary("/test.Echo/Slow")
+        try:
+            slow(b"never", timeout=0.3)
+        except grpc.RpcError as error:
+            seen["slow"] = error.code().name
+        seen["given up"] = slow(b"was it?", timeout=20).decode()
+        seen["required"] = {}
+        for name in (server_id, "somebody-else"):
+            try:
+                unary(b"", timeout=10, metadata=(("l5d-require-id", name),))
+                seen["required"][name] = "OK"
+            except grpc.RpcError as error:
+                seen["required"][name] = error.code().name
     print(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "grpc-server":
-        grpc_server(int(sys.argv[2]))
-    else:
-        grpc_client(sys.argv[2])
+    match sys.argv[1:]:
+        case ["grpc-server", port]:
+            grpc_server(int(port))
+        case ["grpc-client", target, server_id]:
+            grpc_client(target, server_id)
+        case ["crowd", host, port, size]:
+            crowd(host, int(port), int(size))
+        case ["hold", port]:
+            hold(int(port))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from .apps import Telling, echo, greet, http_client, http_server
-from .harness import Mesh, Pod, serving, wait_for
+from .harness import Mesh, Pod, nobody_waits, serving, wait_for
 
 pytestmark = [pytest.mark.mesh, pytest.mark.root]
 
@@ -56,7 +56,7 @@ def get(pod: Pod, host: str = WEB, port: int = 80, path: str = "/headers") -> tu
         return answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
 
 
-def is_closed(io: socket.socket, seconds: float = 5.0) -> bool:
+def is_closed(io: socket.socket, seconds: float = 20.0) -> bool:
     io.settimeout(seconds)
     try:
         return io.recv(1) == b""
@@ -77,12 +77,7 @@ def test_idle_connections_do_not_delay_the_next(start: Start) -> None:
 
         for io in client.net.inside(connect):
             stack.enter_context(io)
-        took = []
-        for _ in range(5):
-            began = time.monotonic()
-            assert get(client)[0] == 200
-            took.append(time.monotonic() - began)
-        assert min(took) < 0.05, took
+        nobody_waits(lambda: get(client)[0] == 200)
 
 
 def test_a_policy_that_gets_stricter_cuts_open_connections_and_refuses_requests(start: Start) -> None:
@@ -132,7 +127,7 @@ def test_endpoints_come_and_go(start: Start) -> None:
     began = time.monotonic()
     status, _, headers = get(client)
     assert (status, headers["l5d-proxy-error"]) == (504, "no_endpoints")
-    assert 2.5 < time.monotonic() - began < 6
+    assert 2.5 < time.monotonic() - began < 9
     waiting: list[int] = []
     thread = threading.Thread(target=lambda: waiting.append(get(client)[0]))
     thread.start()
@@ -172,7 +167,7 @@ def test_traffic_goes_on_without_its_control_plane(start: Start) -> None:
         with client.connect("10.203.128.77", 80) as unknown:
             unknown.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             assert is_closed(unknown), "inside the mesh's networks nothing passes unexplained"
-        assert time.monotonic() - began < 4.5
+        assert time.monotonic() - began < 9
         mesh.start_plane()
         io.sendall(b"again")
         assert io.recv(100) == b"again"
@@ -258,12 +253,7 @@ def test_garbage_on_every_port_harms_nobody_else(start: Start) -> None:
                     with contextlib.suppress(OSError):
                         io = stack.enter_context(pod.connect(*address, timeout=2))
                         io.sendall(word)
-        took = []
-        for _ in range(5):
-            before = time.monotonic()
-            assert get(client)[0] == 200
-            took.append(time.monotonic() - before)
-        assert min(took) < 0.05, took
+        nobody_waits(lambda: get(client)[0] == 200)
         for pod in (client, web):
             assert pod.proxy
             assert _rss_mib(pod.proxy.pid) < 40
