@@ -54,8 +54,8 @@ pub(crate) fn start(config: Arc<Config>, shutdown: Shutdown, mut drain: Drain) -
     let (credentials_tx, credentials) = watch::channel(None);
     let (metrics, taps, edges) = (Arc::new(Metrics::new()), Arc::new(Taps::default()), Arc::new(Edges::default()));
     let discovery = {
-        let (own, shown) = (config.clone(), credentials.clone());
-        let connect = move || clients(&own, &shown);
+        let (own, shown, counted) = (config.clone(), credentials.clone(), metrics.clone());
+        let connect = move || clients(&own, &shown, &counted);
         Discovery::start(config.clone(), runtime.handle().clone(), connect, credentials.clone())
     };
     let control = Control { credentials, discovery, metrics, taps, edges };
@@ -88,9 +88,12 @@ pub(crate) fn start(config: Arc<Config>, shutdown: Shutdown, mut drain: Drain) -
     Ok(control)
 }
 
-fn clients(config: &Config, credentials: &CredentialsWatch) -> Clients {
+fn clients(config: &Config, credentials: &CredentialsWatch, metrics: &Metrics) -> Clients {
     let dial = Dial { mark: config.outbound_mark, timeout: config.outbound_connect_timeout };
-    let channel = |addr: &ControlAddr| client::channel(addr, ClientTls::Identity(credentials.clone()), dial);
+    let channel = |addr: &ControlAddr| {
+        let channel = client::channel(addr, ClientTls::Identity(credentials.clone()), dial);
+        (channel, metrics.control(&client::labels(addr)))
+    };
     Clients::new(channel(&config.destination), channel(&config.policy))
 }
 

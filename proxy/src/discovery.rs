@@ -27,6 +27,7 @@ use tokio::time::Instant;
 use tonic::transport::Channel;
 
 use crate::config::Config;
+use crate::metrics::Http;
 use crate::tls::CredentialsWatch;
 
 /// A destination's meaning, live. Dropping the last clone ends the streams behind it after the idle time.
@@ -62,9 +63,11 @@ impl PortPolicy {
         self.0.borrow().clone()
     }
 
-    /// Returns when the policy is another one than at the last `known` or `changed`; never, if it cannot change.
-    pub(crate) async fn changed(&mut self) {
-        if self.0.changed().await.is_err() {
+    /// Returns when another policy than `seen` is in force; never, if it cannot change.
+    pub(crate) async fn changed(&self, seen: &Arc<ServerPolicy>) {
+        let mut policy = self.0.clone();
+        let other = |now: &Option<Arc<ServerPolicy>>| now.as_ref().is_none_or(|now| !Arc::ptr_eq(now, seen));
+        if policy.wait_for(other).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
@@ -129,14 +132,15 @@ pub(crate) struct Clients {
 }
 
 impl Clients {
-    /// `destination` and `policy` are the channels to the two services.
-    pub(crate) fn new(destination: Channel, policy: Channel) -> Self {
+    /// `destination` and `policy` are the channels to the two services, and where calls on them are counted.
+    pub(crate) fn new(destination: (Channel, Arc<Http>), policy: (Channel, Arc<Http>)) -> Self {
+        let ((destination, to_destination), (policy, to_policy)) = (destination, policy);
         Self {
             destination: DestinationClient::new(destination),
             outbound: OutboundPoliciesClient::new(policy.clone()),
             inbound: InboundServerPoliciesClient::new(policy),
-            destination_service: follow::Service::new("destination"),
-            policy_service: follow::Service::new("policy"),
+            destination_service: follow::Service::new("destination", to_destination),
+            policy_service: follow::Service::new("policy", to_policy),
         }
     }
 }

@@ -35,10 +35,10 @@ pub(crate) trait Service {
     async fn open(&self, request: &Request<'_>) -> Result<Opened<Self::Io, Self::Ticket>, Refusal>;
 
     /// The response begins, so long after the request was sent.
-    fn responded(&self, ticket: &mut Self::Ticket, after: Duration);
+    fn responded(&self, ticket: &Self::Ticket, after: Duration);
 
-    /// Resolves when a request that has become a tunnel may go on no longer.
-    async fn revoked(&self, request: &Request<'_>);
+    /// Resolves when the request, though under way, may go on no longer.
+    fn revoked(&self, ticket: &Self::Ticket, request: &Request<'_>) -> impl Future<Output = Refusal>;
 
     /// The exchange has ended and `io` can carry another one.
     fn reuse(&self, ticket: Self::Ticket, io: Self::Io);
@@ -112,7 +112,7 @@ where
         let next = match http1::request(&head) {
             // 2  where does it go, and how did that end?
             Ok(Some(request)) => {
-                let mut rest = BytesMut::from(&head[request.head_len()..]);
+                let mut rest = BytesMut::from(&head[request.head.size()..]);
                 let next = exchange(client, &mut rest, &request, service, drain).await;
                 (next, rest)
             }
@@ -158,7 +158,7 @@ where
             Ok(opened) => opened,
             Err(refusal) => return Next::Refuse(refusal, End::Closed),
         };
-        let Opened { mut io, mut ticket, mut record, head, stale, half_close, strip_response } = opened;
+        let Opened { mut io, ticket, mut record, head, stale, half_close, strip_response } = opened;
         let terms = Terms {
             asked: request.asked(),
             body: request.body,
@@ -169,14 +169,21 @@ where
             strip_response,
         };
         let sent = Instant::now();
+        let mut answered = false;
         let moved = |moved: Moved<'_>| match moved {
             Moved::Body(n) => record.body(n),
             Moved::Head(response) => {
+                answered = true;
                 record.response(response.status, &|visit| visit_headers(response, visit));
-                service.responded(&mut ticket, sent.elapsed());
+                service.responded(&ticket, sent.elapsed());
             }
         };
-        let finished = Exchange::new(terms, head).run(client, rest, &mut io, moved).await;
+        let mut exchange = Exchange::new(terms, head);
+        let finished = tokio::select! {
+            biased; // what can be finished is
+            finished = exchange.run(client, rest, &mut io, moved) => finished,
+            refusal = service.revoked(&ticket, request) => Err(Failed::Revoked(refusal)),
+        };
         record.end(finished.is_err());
         match finished {
             Ok(Finished::Complete { client_goes_on, client_ended, server_goes_on }) => {
@@ -190,11 +197,14 @@ where
             }
             Ok(Finished::Tunnel { from_server }) => {
                 let ahead = Ahead { from_client: rest.split().freeze(), from_server };
-                let end = tokio::select! {
-                    end = relay(client, &mut io, ahead) => end.map_or(End::Broken, |()| End::Closed),
-                    () = service.revoked(request) => End::Broken,
-                };
-                return Next::End(end);
+                // Boxed: rare, and every connection would hold the room for it.
+                let tunnel = Box::pin(async {
+                    tokio::select! {
+                        end = relay(client, &mut io, ahead) => end.map_or(End::Broken, |()| End::Closed),
+                        _ = service.revoked(&ticket, request) => End::Broken,
+                    }
+                });
+                return Next::End(tunnel.await);
             }
             Err(Failed::ServerSilent { replayable }) if stale && replayable && !again => again = true,
             Err(Failed::ServerSilent { .. }) => return Next::Refuse(SILENT, End::Closed),
@@ -202,13 +212,14 @@ where
                 return Next::Refuse(Refusal { status: 502, reason: why.label() }, End::Closed);
             }
             Err(Failed::BadRequest(why)) => return Next::Refuse(bad(why), End::Bad(why)),
-            Err(Failed::Broken) => return Next::End(End::Broken),
+            Err(Failed::Revoked(refusal)) if !answered => return Next::Refuse(refusal, End::Closed),
+            Err(Failed::Broken | Failed::Revoked(_)) => return Next::End(End::Broken),
         }
     }
 }
 
 fn visit_headers(response: &Response<'_>, visit: &mut dyn FnMut(&str, &[u8])) {
-    response.headers().for_each(|(name, value)| visit(name, value));
+    response.head.headers().for_each(|(name, value)| visit(name, value));
 }
 
 /// Why there is no request head.
@@ -234,8 +245,8 @@ async fn read_head<C: AsyncRead + Unpin>(client: &mut C, head: &mut BytesMut, dr
             Err(_) => return Err(NoHead::Gone),
         }
     }
-    if has_end(head) {
-        return Ok(()); // the common case needs no timer
+    if head.ends_with(b"\r\n\r\n") || has_end(head) {
+        return Ok(()); // the common case needs no search and no timer
     }
     let mut searched = 0;
     let whole = async {

@@ -40,6 +40,7 @@ pub(crate) use crate::http1::Refusal;
 use crate::link::LinkHandle;
 use crate::metrics::TlsLabel;
 use crate::tap::VisitHeaders;
+pub(crate) use head::RequiredIds;
 use pool::Pool;
 
 /// Where requests go: the one thing in which inbound and outbound differ.
@@ -100,6 +101,8 @@ pub(crate) trait Record: 'static {
     fn response(&mut self, status: u16, headers: VisitHeaders<'_>, after: Duration);
     /// Bytes of the response's body passed.
     fn body(&mut self, bytes: u64);
+    /// What follows the response's body.
+    fn trailers(&mut self, trailers: VisitHeaders<'_>);
     /// `grpc-status`, from the trailers or from a response that has nothing else.
     fn grpc_status(&mut self, code: u8);
     /// The exchange is over; `failed`: without a complete response.
@@ -169,6 +172,9 @@ impl<S: Service> Serving<S> {
         let (mut parts, body) = request.into_parts();
         let grpc = head::is_grpc(&parts.headers);
         head::clean(&mut parts.headers);
+        if let Some(required) = head::required_ids(&parts.headers) {
+            parts.extensions.insert(required);
+        }
         head::strip_reserved(&mut parts.headers);
         if let Err((refusal, mut respond)) = exchange::run(&*self, parts, body, respond).await {
             let explain = self.service.refused(refusal);

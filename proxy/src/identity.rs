@@ -20,7 +20,8 @@ use tonic::Status;
 
 use crate::config::IdentityConfig;
 use crate::control::client::{self, ClientTls};
-use crate::metrics::Metrics;
+use crate::metrics::{Http, Metrics};
+use crate::record;
 use crate::socket::Dial;
 use crate::tls::{self, BadCertificate, Credentials, Trust};
 
@@ -90,7 +91,8 @@ pub(crate) async fn run(
     let (mut epoch, mut failures) = (0, 0);
     loop {
         let current = credentials.borrow().clone();
-        let wait = match certify(config, &trust, current.as_deref(), epoch + 1, dial).await {
+        let calls = metrics.control(&client::labels(&config.svc));
+        let wait = match certify(config, &trust, current.as_deref(), epoch + 1, dial, calls).await {
             Ok(new) => {
                 let now = SystemTime::now();
                 let wait = renew::after_success(now, new.not_after, bounds, tls::random());
@@ -141,6 +143,7 @@ async fn certify(
     current: Option<&Credentials>,
     epoch: u64,
     dial: Dial,
+    calls: Arc<Http>,
 ) -> Result<Credentials, Failed> {
     let token = read_token(config).await?;
     let key = KeyPair::generate().map_err(Failed::Key)?;
@@ -150,10 +153,15 @@ async fn certify(
     let tls = ClientTls::Fixed(valid.map_or_else(|| trust.anonymous_client(), |current| current.client_plain.clone()));
     let mut client = IdentityClient::new(client::channel(&config.svc, tls, dial));
     let request = CertifyRequest { identity: config.local_name.to_string(), token, certificate_signing_request: csr };
+    let mut call = record::Request::begin(calls, None);
     let answer = match tokio::time::timeout(CERTIFY, client.certify(request)).await {
-        Ok(answer) => answer.map_err(Failed::Refused)?.into_inner(),
+        Ok(answer) => answer,
         Err(_) => return Err(Failed::Timeout),
     };
+    call.response(200, &|_| {});
+    call.grpc_status(answer.as_ref().map_or_else(|status| status.code() as u8, |_| 0));
+    call.end(false);
+    let answer = answer.map_err(Failed::Refused)?.into_inner();
     accept(trust, answer, key, &config.local_name, epoch, SystemTime::now())
 }
 

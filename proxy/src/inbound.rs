@@ -40,6 +40,7 @@ use crate::record::{self, Conn};
 use crate::relay::{Ahead, relay};
 use crate::sniff::{Understood, understand};
 use crate::socket::{self, Abort, Dial};
+use crate::tap::{TapHead, TapRequest, TapStream};
 use crate::tls::ALPN_MUX;
 use crate::{http1, http2};
 use calls::Calls;
@@ -278,7 +279,7 @@ impl Inbound {
     {
         let metrics = &self.cx.control.metrics;
         let verdict = |verdict| {
-            let labels = record::labels(Direction::Inbound, port.addr, client.tls.clone());
+            let labels = record::inbound_refused(port.addr, &client.tls, port.policy.now().as_deref());
             metrics.authz(verdict, &labels).add(1);
         };
         let permit = self.permit(client, port).inspect_err(|_| verdict(Verdict::TcpDenied))?;
@@ -299,7 +300,7 @@ impl Inbound {
         let ahead = Ahead { from_client: seen.freeze(), from_server: understood.from_server.freeze() };
         let end = tokio::select! {
             end = relay(&mut io, &mut server, ahead) => end,
-            why = self.revoked(client, port) => {
+            why = self.revoked(client, port, &permit) => {
                 verdict(Verdict::TcpTerminated);
                 return Err(why.into());
             }
@@ -316,14 +317,25 @@ impl Inbound {
     }
 
     /// Returns when a change of policy no longer admits the client.
-    async fn revoked(&self, client: &Client, port: &Port) -> Denied {
-        let mut policy = port.policy.clone();
+    async fn revoked(&self, client: &Client, port: &Port, permit: &Permit) -> Denied {
+        let mut permit = permit.clone();
         loop {
-            policy.changed().await;
-            if let Err(why) = self.permit(client, port) {
-                return why;
-            }
+            port.policy.changed(permit.policy()).await;
+            permit = match self.permit(client, port) {
+                Ok(permit) => permit,
+                Err(why) => return why,
+            };
         }
+    }
+
+    /// A request that was admitted, for those who watch; `None`: nobody does.
+    fn tap(&self, client: &Client, port: &Port, head: &dyn TapHead) -> Option<TapStream> {
+        let taps = &self.cx.control.taps;
+        if !taps.active() {
+            return None;
+        }
+        let (src, dst) = (client.addr, port.addr);
+        taps.open(&TapRequest { direction: Direction::Inbound, src, dst, tls: &client.tls, dst_labels: &[], head })
     }
 
     /// Forgets ports that nothing uses. Called every few seconds.

@@ -60,6 +60,14 @@ pub(crate) struct Labels {
     pub(crate) policy: Option<Arc<PolicyLabels>>,
 }
 
+/// One of the control plane's services, as we reach it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ControlLabels {
+    /// `host:port` as configured.
+    pub(crate) addr: Arc<str>,
+    pub(crate) tls: TlsLabel,
+}
+
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Outcome {
@@ -186,6 +194,8 @@ const ERRNOS: usize = 8;
 pub(crate) enum Verdict {
     HttpAllowed,
     HttpDenied,
+    /// No route of the policy matches the request.
+    HttpRouteNotFound,
     TcpAllowed,
     TcpDenied,
     /// An open connection was ended by a change of policy.
@@ -220,6 +230,7 @@ pub(crate) struct Metrics {
     label_sets: AtomicU64,
     transports: Family<(Side, Labels), Transport>,
     https: Family<Labels, Http>,
+    controls: Family<ControlLabels, Http>,
     verdicts: Family<(Verdict, Labels), Counter>,
     errors: Family<(Direction, Layer, &'static str), Counter>,
     pub(crate) certificate: CertificateMetrics,
@@ -260,6 +271,7 @@ impl Metrics {
             label_sets: AtomicU64::new(0),
             transports: Family::default(),
             https: Family::default(),
+            controls: Family::default(),
             verdicts: Family::default(),
             errors: Family::default(),
             certificate: CertificateMetrics::default(),
@@ -274,6 +286,11 @@ impl Metrics {
     /// The HTTP counters of a label set. Resolve once per connection and route, not per request.
     pub(crate) fn http(&self, labels: &Labels) -> Arc<Http> {
         self.https.get(labels.clone(), &self.label_sets)
+    }
+
+    /// The counters of our own calls to a service of the control plane.
+    pub(crate) fn control(&self, labels: &ControlLabels) -> Arc<Http> {
+        self.controls.get(labels.clone(), &self.label_sets)
     }
 
     /// The authorization counter of a label set.

@@ -7,7 +7,7 @@
 mod calls;
 mod requests;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
@@ -35,6 +35,7 @@ use crate::pool::Pool;
 use crate::record::{self, Conn};
 use crate::relay::{Ahead, relay};
 use crate::sniff::{Understood, understand};
+use crate::tap::{TapHead, TapRequest, TapStream};
 use crate::upstream::{self, Upstream};
 use crate::{http1, http2};
 use calls::Calls;
@@ -60,7 +61,7 @@ struct Opened {
 struct Ticket {
     node: Rc<Node>,
     reach: Rc<Reach>,
-    answered: bool,
+    answered: Cell<bool>,
 }
 
 impl Outbound {
@@ -189,13 +190,24 @@ impl Outbound {
         let node = dst.pick(|| self.cx.random.next()).await?;
         let reach = dst.reach(&self.cx, &node)?;
         node.start();
-        Ok(Ticket { node, reach, answered: false })
+        Ok(Ticket { node, reach, answered: Cell::new(false) })
     }
 
     /// A new stream to the endpoint.
     async fn open(&self, ticket: &Ticket, hint: LinkHint) -> Result<Counted<Upstream>, Unroutable> {
         let io = upstream::open(&self.cx, &ticket.node.endpoint, &ticket.reach.route, hint).await?;
         Ok(Counted::new(io, Rc::new(Conn::open(ticket.reach.transport.clone())), 0))
+    }
+
+    /// A request that is about to be sent, for those who watch; `None`: nobody does.
+    fn tap(&self, client: SocketAddr, ticket: &Ticket, head: &dyn TapHead) -> Option<TapStream> {
+        let taps = &self.cx.control.taps;
+        if !taps.active() {
+            return None;
+        }
+        let (endpoint, tls) = (&ticket.node.endpoint, &ticket.reach.route.tls);
+        let (dst, dst_labels) = (endpoint.addr, &endpoint.labels);
+        taps.open(&TapRequest { direction: Direction::Outbound, src: client, dst, tls, dst_labels, head })
     }
 
     /// Keeps a connection for the next request; a stream of a link has no next one.
@@ -215,6 +227,18 @@ impl Ticket {
         matches!(self.reach.route.plan, Plan::Mesh { .. })
     }
 
+    /// Whether the endpoint has every identity that the client requires.
+    ///
+    /// # Errors
+    /// `IdentityMismatch`: it has another one, or none.
+    fn has<'a>(&self, mut required: impl Iterator<Item = &'a [u8]>) -> Result<(), Unroutable> {
+        let identity = match &self.reach.route.tls {
+            TlsLabel::Mutual(identity) => identity.as_bytes(),
+            TlsLabel::Passthru(_) | TlsLabel::None(_) => &[],
+        };
+        if required.all(|required| required == identity) { Ok(()) } else { Err(Unroutable::IdentityMismatch) }
+    }
+
     /// Streams of a link are made for each request.
     fn has_link(&self) -> bool {
         matches!(self.reach.route.plan, Plan::Mesh { transport: Transport::Link { .. }, .. })
@@ -226,15 +250,15 @@ impl Ticket {
     }
 
     /// Its first answer came `after` it was sent.
-    fn responded(&mut self, now: Duration, after: Duration) {
-        if !std::mem::replace(&mut self.answered, true) {
+    fn responded(&self, now: Duration, after: Duration) {
+        if !self.answered.replace(true) {
             self.node.finish(now, after);
         }
     }
 
     /// The endpoint could not be reached.
-    fn failed(mut self, now: Duration) {
-        self.answered = true;
+    fn failed(self, now: Duration) {
+        self.answered.set(true);
         self.node.fail(now);
     }
 }
@@ -247,7 +271,7 @@ impl AsyncRead for Opened {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if !self.answered {
+        if !self.answered.get() {
             self.node.cancel();
         }
     }

@@ -86,6 +86,13 @@ impl Request {
         self.grpc = Some(code);
     }
 
+    /// What follows the response's body.
+    pub(crate) fn trailers(&mut self, trailers: VisitHeaders<'_>) {
+        if let Some(tap) = &mut self.tap {
+            tap.trailers(trailers);
+        }
+    }
+
     /// The exchange is over; `failed`: without a complete response.
     pub(crate) fn end(mut self, failed: bool) {
         self.finish(failed);
@@ -130,9 +137,14 @@ pub(crate) fn inbound_src(
     tls: &TlsLabel,
     policy: &ServerPolicy,
 ) -> Arc<Transport> {
-    let srv = [&policy.group, &policy.kind, &policy.name].map(|name| Arc::from(name.as_str()));
-    let policy = Some(Arc::new(PolicyLabels { srv, srv_port: addr.port(), route: None, authz: None }));
+    let policy = Some(Arc::new(server_labels(addr.port(), policy)));
     metrics.transport(Side::Src, &Labels { policy, ..labels(Direction::Inbound, addr, tls.clone()) })
+}
+
+/// What policy refused at the pod's own `addr`, with the names of the policy, if the port had one.
+pub(crate) fn inbound_refused(addr: SocketAddr, tls: &TlsLabel, policy: Option<&ServerPolicy>) -> Labels {
+    let policy = policy.map(|policy| Arc::new(server_labels(addr.port(), policy)));
+    Labels { policy, ..labels(Direction::Inbound, addr, tls.clone()) }
 }
 
 /// An inbound request, admitted by `permit`.
@@ -156,6 +168,12 @@ pub(crate) fn policy_labels(port: u16, permit: &Permit, http: bool) -> PolicyLab
         route: http.then(|| names(permit.route())),
         authz: Some(names(permit.authorization())),
     }
+}
+
+/// The names of a policy that admitted nobody yet.
+fn server_labels(port: u16, policy: &ServerPolicy) -> PolicyLabels {
+    let srv = [&policy.group, &policy.kind, &policy.name].map(|name| Arc::from(name.as_str()));
+    PolicyLabels { srv, srv_port: port, route: None, authz: None }
 }
 
 pub(crate) fn labels(direction: Direction, target: SocketAddr, tls: TlsLabel) -> Labels {

@@ -12,27 +12,70 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ::http::request::Parts;
 use linkerd2_proxy_api::http_types::{self, Headers};
 use linkerd2_proxy_api::tap::tap_event::{self, EndpointMeta, Http, ProxyDirection, http};
 use linkerd2_proxy_api::tap::{Eos, TapEvent, eos};
+use mantle_proxy_core::http1;
 use mantle_proxy_core::tapmatch::{Subject, TapMatch};
 use tokio::sync::mpsc;
 
 use crate::metrics::{Direction, Outcome, TlsLabel};
 
-/// A request as tap sees it. Strings are the peer's own bytes: whoever prints them escapes them.
+/// A request as tap sees it.
 pub(crate) struct TapRequest<'a> {
     pub(crate) direction: Direction,
     pub(crate) src: SocketAddr,
     pub(crate) dst: SocketAddr,
     pub(crate) tls: &'a TlsLabel,
-    pub(crate) dst_labels: &'a Arc<[(String, String)]>,
-    pub(crate) method: &'a str,
-    pub(crate) scheme: &'a str,
-    pub(crate) authority: &'a str,
-    pub(crate) path: &'a str,
+    pub(crate) dst_labels: &'a [(String, String)],
+    pub(crate) head: &'a dyn TapHead,
+}
+
+/// A request's head, whatever its HTTP version. Strings are the peer's own bytes: whoever prints them escapes them.
+pub(crate) trait TapHead {
+    fn method(&self) -> &str;
+    fn scheme(&self) -> &str;
+    fn authority(&self) -> &str;
+    fn path(&self) -> &str;
     /// Visits each header; called only if an observer extracts headers.
-    pub(crate) headers: VisitHeaders<'a>,
+    fn headers(&self, visit: &mut dyn FnMut(&str, &[u8]));
+}
+
+impl TapHead for http1::Request<'_> {
+    fn method(&self) -> &str {
+        self.method
+    }
+    fn scheme(&self) -> &str {
+        "http"
+    }
+    fn authority(&self) -> &str {
+        self.authority.unwrap_or_default()
+    }
+    fn path(&self) -> &str {
+        self.path
+    }
+    fn headers(&self, visit: &mut dyn FnMut(&str, &[u8])) {
+        self.head.headers().for_each(|(name, value)| visit(name, value));
+    }
+}
+
+impl TapHead for Parts {
+    fn method(&self) -> &str {
+        self.method.as_str()
+    }
+    fn scheme(&self) -> &str {
+        self.uri.scheme_str().unwrap_or("http")
+    }
+    fn authority(&self) -> &str {
+        self.uri.authority().map_or("", |authority| authority.as_str())
+    }
+    fn path(&self) -> &str {
+        self.uri.path()
+    }
+    fn headers(&self, visit: &mut dyn FnMut(&str, &[u8])) {
+        self.headers.iter().for_each(|(name, value)| visit(name.as_str(), value.as_bytes()));
+    }
 }
 
 /// Calls its argument with each header's name and value.
@@ -72,13 +115,14 @@ impl Taps {
 
     /// Tells every observer that `request` matches; `None`: none does.
     pub(crate) fn open(&self, request: &TapRequest<'_>) -> Option<TapStream> {
+        let head = request.head;
         let subject = Subject {
             src: request.src,
             dst: request.dst,
-            scheme: request.scheme,
-            method: request.method,
-            authority: request.authority,
-            path: request.path,
+            scheme: head.scheme(),
+            method: head.method(),
+            authority: head.authority(),
+            path: head.path(),
             dst_labels: request.dst_labels,
             route_labels: &[],
         };
@@ -98,18 +142,24 @@ impl Taps {
         self.active.store(taps.len(), Relaxed);
         drop(taps);
 
-        let stream =
-            TapStream { parts, template: template(request), opened: Instant::now(), responded: None, ended: false };
+        let stream = TapStream {
+            parts,
+            template: template(request),
+            opened: Instant::now(),
+            responded: None,
+            trailers: None,
+            ended: false,
+        };
         for part in &stream.parts {
-            let headers = part.tap.extract_headers.then(|| collect(request.headers));
+            let headers = part.tap.extract_headers.then(|| collect(&|visit| head.headers(visit)));
             part.send(
                 &stream.template,
                 http::Event::RequestInit(http::RequestInit {
                     id: Some(part.id),
-                    method: Some(method(request.method)),
-                    scheme: Some(scheme(request.scheme)),
-                    authority: request.authority.to_owned(),
-                    path: request.path.to_owned(),
+                    method: Some(method(head.method())),
+                    scheme: Some(scheme(head.scheme())),
+                    authority: head.authority().to_owned(),
+                    path: head.path().to_owned(),
                     headers,
                 }),
             );
@@ -164,6 +214,8 @@ pub(crate) struct TapStream {
     template: TapEvent,
     opened: Instant,
     responded: Option<Instant>,
+    /// For the end, if an observer extracts headers.
+    trailers: Option<Headers>,
     ended: bool,
 }
 
@@ -189,6 +241,11 @@ impl TapStream {
         }
     }
 
+    pub(crate) fn trailers(&mut self, trailers: VisitHeaders<'_>) {
+        let wanted = self.parts.iter().any(|part| part.tap.extract_headers);
+        self.trailers = wanted.then(|| collect(trailers));
+    }
+
     /// `bytes`: of the response's body. `since_response`: since its head.
     pub(crate) fn end(mut self, outcome: Outcome, bytes: u64, since_request: Duration, since_response: Duration) {
         let eos = match outcome {
@@ -210,7 +267,7 @@ impl TapStream {
                     since_response_init: wire(since_response),
                     response_bytes: bytes,
                     eos: end.map(|end| Eos { end: Some(end) }),
-                    trailers: None,
+                    trailers: self.trailers.clone().filter(|_| part.tap.extract_headers),
                 }),
             );
         }

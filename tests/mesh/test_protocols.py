@@ -76,6 +76,21 @@ def test_http_requests_carry_the_proved_identity_and_no_other(client: Pod, web: 
         assert client.metric("request_total", direction="outbound", tls="true", server_id=WEB_ID) >= 50
 
 
+def test_a_client_that_requires_an_identity_reaches_no_other(client: Pod, web: Pod) -> None:
+    before = web.metric("request_total", direction="inbound")
+    for host, required, status in ((WEB, WEB_ID, 200), (WEB, CLIENT_ID, 502), (PLAIN, WEB_ID, 502)):
+        with http_client(client.connect(host, 80)) as http:
+            http.request("GET", "/headers", headers={"L5D-Require-Id": required})
+            answer = http.getresponse()
+            body = answer.read()
+            assert answer.status == status, (host, required, body)
+            if status == 200:
+                assert "l5d-require-id" not in dict(json.loads(body))
+            else:
+                assert answer.getheader("l5d-proxy-error") == "identity_mismatch"
+    assert web.metric("request_total", direction="inbound") == before + 1
+
+
 def test_http_bodies_of_every_framing(client: Pod) -> None:
     with http_client(client.connect(WEB, 80)) as http:
         http.request("GET", "/chunked")
@@ -168,7 +183,7 @@ def test_a_server_that_speaks_first_is_heard_at_once(client: Pod, plain: Pod, we
                 began = time.monotonic()
                 assert io.recv(100) == b"220 hello\r\n"
                 took = time.monotonic() - began
-                assert took < 0.5, took
+                assert took < 5, f"{took}: detection waited for the client, which waits for the server"
                 io.sendall(b"QUIT\r\n")
                 assert io.recv(100) == b"QUIT\r\n"
 
@@ -189,15 +204,18 @@ def test_grpc_unary_streams_statuses_and_trailers(client: Pod, plain: Pod, web: 
     with server.stdout:
         assert server.stdout.readline() == b"ready\n"
     for pod, target, who in ((client, f"{WEB}:50051", CLIENT_ID), (plain, f"{web.ip}:50051", "nobody")):
-        ran = pod.run(sys.executable, APPS, "grpc-client", target, timeout=30)
+        ran = pod.run(sys.executable, APPS, "grpc-client", target, WEB_ID, timeout=60)
         assert ran.returncode == 0, ran.stderr
         seen = json.loads(ran.stdout)
         assert seen["unary"] == [f"hello {n} from {who}" for n in range(20)]
         assert seen["echoed"] == [3, 300_000]
         assert (seen["code"], seen["details"], seen["trailer"]) == ("NOT_FOUND", "stopped", "yes")
         assert seen["missing"] == "UNIMPLEMENTED"
+        assert seen["slow"] == "DEADLINE_EXCEEDED" and seen["given up"] == "given up"
+        wanted = {WEB_ID: "OK", "somebody-else": "UNAVAILABLE"} if pod is client else {}
+        assert {name: seen["required"][name] for name in wanted} == wanted
     counted = web.metric("response_total", direction="inbound", grpc_status="0", client_id=CLIENT_ID)
-    assert counted == 20, web.admin("/metrics")
+    assert counted == 22, web.admin("/metrics")
 
 
 def test_a_client_without_mesh_reaches_a_meshed_server_in_plaintext_with_the_reason(plain: Pod, web: Pod) -> None:

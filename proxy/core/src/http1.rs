@@ -19,6 +19,8 @@ pub use head::{request, response};
 
 use std::net::IpAddr;
 
+/// Whom a client wants to talk to, by identity: read by its own proxy, and not passed on.
+pub const REQUIRE_ID: &str = "l5d-require-id";
 /// A head longer than this is refused.
 pub const MAX_HEAD: usize = 64 << 10;
 /// A head with more header lines than this is refused.
@@ -57,7 +59,7 @@ pub struct Request<'a> {
     /// `Connection: upgrade` with a protocol other than h2c: the head is forwarded with both lines.
     pub upgrade: bool,
     pub expects_continue: bool,
-    head: Head<'a>,
+    pub head: Head<'a>,
 }
 
 /// A response's head. Borrows the buffer it was parsed from.
@@ -70,7 +72,7 @@ pub struct Response<'a> {
     pub keep_alive: bool,
     /// 101, or 2xx to CONNECT: from here on both directions are opaque.
     pub tunnel: bool,
-    head: Head<'a>,
+    pub head: Head<'a>,
 }
 
 /// What a response answers: decides whether it has a body.
@@ -104,7 +106,7 @@ pub enum Connection {
 
 /// The bytes of a head with what `forward` needs to know of its lines.
 #[derive(Clone, Copy, Debug)]
-struct Head<'a> {
+pub struct Head<'a> {
     /// From the start line to the empty line, both included.
     bytes: &'a [u8],
     /// Bytes of empty lines before it, dropped.
@@ -116,27 +118,7 @@ struct Head<'a> {
     upgrade: bool,
 }
 
-impl<'a> Request<'a> {
-    /// Bytes of the buffer that the head takes.
-    pub fn head_len(&self) -> usize {
-        self.head.blank + self.head.bytes.len()
-    }
-
-    /// Name and value of each header, as sent.
-    pub fn headers(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> {
-        self.head.headers()
-    }
-
-    /// The first value of a header; names compare without case.
-    pub fn header(&self, name: &str) -> Option<&'a [u8]> {
-        self.headers().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value)
-    }
-
-    /// Appends the head as the next hop gets it.
-    pub fn forward(&self, out: &mut Vec<u8>, edit: &Edit<'_>) {
-        self.head.forward(out, edit);
-    }
-
+impl Request<'_> {
     pub fn asked(&self) -> Asked {
         Asked { head: self.method == "HEAD", connect: self.method == "CONNECT", upgrade: self.upgrade }
     }
@@ -147,46 +129,47 @@ impl<'a> Request<'a> {
     }
 }
 
-impl<'a> Response<'a> {
-    /// Bytes of the buffer that the head takes.
-    pub fn head_len(&self) -> usize {
-        self.head.blank + self.head.bytes.len()
-    }
-
+impl Response<'_> {
     /// 1xx other than 101: another head follows.
     pub fn is_interim(&self) -> bool {
         (100..200).contains(&self.status) && self.status != 101
     }
-
-    pub fn headers(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> {
-        self.head.headers()
-    }
-
-    pub fn header(&self, name: &str) -> Option<&'a [u8]> {
-        self.headers().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value)
-    }
-
-    /// Appends the head as the next hop gets it.
-    pub fn forward(&self, out: &mut Vec<u8>, edit: &Edit<'_>) {
-        self.head.forward(out, edit);
-    }
 }
 
 impl<'a> Head<'a> {
+    /// Bytes of the buffer that it takes.
+    pub fn size(&self) -> usize {
+        self.blank + self.bytes.len()
+    }
+
     /// The header lines with their ends, without start line and empty line.
     fn lines(&self) -> impl Iterator<Item = &'a [u8]> {
         let lines = self.bytes.split_inclusive(|b| *b == b'\n');
         lines.skip(1).take_while(|line| line.len() > 2)
     }
 
-    fn headers(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> {
+    /// Name and value of each header, as sent.
+    pub fn headers(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> {
         self.lines().filter_map(|line| {
             let colon = line.iter().position(|b| *b == b':')?;
             Some((str::from_utf8(&line[..colon]).ok()?, line[colon + 1..].trim_ascii()))
         })
     }
 
-    fn forward(&self, out: &mut Vec<u8>, edit: &Edit<'_>) {
+    /// The first value of a header; names compare without case.
+    pub fn header(&self, name: &str) -> Option<&'a [u8]> {
+        self.headers().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value)
+    }
+
+    /// The identities that the client wants its server to have; a request goes to no other (`REQUIRE_ID`).
+    pub fn required_ids(&self) -> impl Iterator<Item = &'a [u8]> {
+        let any = self.reserved != 0; // most have none, and need no search
+        let required = self.headers().filter(|(name, _)| name.eq_ignore_ascii_case(REQUIRE_ID));
+        required.map(|(_, value)| value).take_while(move |_| any)
+    }
+
+    /// Appends the head as the next hop gets it.
+    pub fn forward(&self, out: &mut Vec<u8>, edit: &Edit<'_>) {
         let gone = self.hop | if edit.strip_reserved { self.reserved } else { 0 };
         if gone == 0 {
             out.extend_from_slice(&self.bytes[..self.bytes.len() - 2]);

@@ -8,19 +8,22 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::Uri;
 use hyper_util::rt::TokioIo;
+use mantle_proxy_core::reasons::NoTls;
 use rustls::ClientConfig;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::Sleep;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::config::ControlAddr;
+use crate::metrics::{ControlLabels, TlsLabel};
 use crate::socket::{self, Dial};
 use crate::tls::{self, CredentialsWatch};
 
@@ -60,21 +63,31 @@ pub(crate) fn channel(addr: &ControlAddr, tls: ClientTls, dial: Dial) -> Channel
     }))
 }
 
+/// How metrics name a service.
+pub(crate) fn labels(addr: &ControlAddr) -> ControlLabels {
+    let tls = match &addr.name {
+        Some(name) => TlsLabel::Mutual(name.as_ref().into()),
+        None => TlsLabel::None(NoTls::Loopback),
+    };
+    ControlLabels { addr: addr.to_string().into(), tls }
+}
+
 async fn connect(addr: &ControlAddr, tls: ClientTls, dial: Dial) -> io::Result<Connection> {
-    let (config, name) = match (&addr.name, tls) {
+    let (config, name, until) = match (&addr.name, tls) {
         (None, _) => return connect_tcp(addr, dial).await.map(Connection::Plain),
-        (Some(name), ClientTls::Fixed(config)) => (config, name),
+        (Some(name), ClientTls::Fixed(config)) => (config, name, None),
         (Some(name), ClientTls::Identity(credentials)) => {
             let Some(now) = credentials.borrow().clone() else {
                 return Err(io::Error::other("no certificate yet"));
             };
-            (now.client_plain.clone(), name)
+            (now.client_plain.clone(), name, Some(now.not_after))
         }
     };
     let name = tls::server_name(name).ok_or_else(|| io::Error::other("the service's name is not an identity"))?;
     let tcp = connect_tcp(addr, dial).await?;
     let tls = TlsConnector::from(config).connect(name, tcp).await;
-    tls.map(|tls| Connection::Tls(Box::new(tls)))
+    let left = until.map(|until| until.duration_since(SystemTime::now()).unwrap_or_default());
+    tls.map(|tls| Connection::Tls(Box::new(tls), left.map(|left| Box::pin(tokio::time::sleep(left)))))
         .map_err(|why| io::Error::new(why.kind(), format!("TLS with {addr}: {why}")))
 }
 
@@ -108,14 +121,21 @@ async fn connect_tcp(addr: &ControlAddr, dial: Dial) -> io::Result<TcpStream> {
 /// A connection to a service.
 enum Connection {
     Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    /// With the moment when our certificate ends, and the connection with it: what we are is proved anew.
+    Tls(Box<TlsStream<TcpStream>>, Option<Pin<Box<Sleep>>>),
 }
 
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_read(cx, buf),
-            Self::Tls(io) => Pin::new(io).poll_read(cx, buf),
+            Self::Tls(io, end) => {
+                if end.as_mut().is_some_and(|end| end.as_mut().poll(cx).is_ready()) {
+                    let ended = "our certificate has ended: it is proved anew who we are";
+                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, ended)));
+                }
+                Pin::new(io).poll_read(cx, buf)
+            }
         }
     }
 }
@@ -124,21 +144,21 @@ impl AsyncWrite for Connection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_write(cx, buf),
-            Self::Tls(io) => Pin::new(io).poll_write(cx, buf),
+            Self::Tls(io, _) => Pin::new(io).poll_write(cx, buf),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_flush(cx),
-            Self::Tls(io) => Pin::new(io).poll_flush(cx),
+            Self::Tls(io, _) => Pin::new(io).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Plain(io) => Pin::new(io).poll_shutdown(cx),
-            Self::Tls(io) => Pin::new(io).poll_shutdown(cx),
+            Self::Tls(io, _) => Pin::new(io).poll_shutdown(cx),
         }
     }
 }

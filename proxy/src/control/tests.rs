@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use linkerd2_proxy_api::identity::CertifyResponse;
 use linkerd2_proxy_api::identity::identity_client::IdentityClient;
@@ -15,6 +15,7 @@ use tonic::{Code, Status};
 use super::testing::Plane;
 use super::*;
 use crate::drain::{self, Phase};
+use crate::tls::Credentials;
 use crate::tls::tests::{API, Ca, Leaf, WEB, pem};
 
 const DIAL: Dial = Dial { mark: None, timeout: Duration::from_secs(5) };
@@ -81,7 +82,13 @@ async fn the_control_thread_certifies_answers_and_ends() {
     let certified = control.credentials.wait_for(Option::is_some);
     tokio::time::timeout(Duration::from_secs(10), certified).await.expect("in time").expect("running");
     assert!(get(admin, "/ready").contains("200 OK"));
-    assert!(get(admin, "/metrics").contains("control_identity_cert_refreshes_total{result=\"ok\"} 1\n"));
+    let metrics = get(admin, "/metrics");
+    assert!(metrics.contains("control_identity_cert_refreshes_total{result=\"ok\"} 1\n"));
+    let whom = format!("addr=\"{addr}\",tls=\"no_identity\",no_tls_reason=\"loopback\"");
+    let answered = format!("{{{whom},status_code=\"200\",classification=\"success\",grpc_status=\"0\"}} 1\n");
+    assert!(metrics.contains(&format!("control_request_total{{{whom}}} ")), "{metrics}");
+    assert!(metrics.contains(&format!("control_response_total{answered}")), "{metrics}");
+    assert!(metrics.contains(&format!("control_response_latency_ms_count{{{whom},status_code=\"200\"}} 1\n")));
 
     // Asked on this thread, answered through the control thread.
     let play = async {
@@ -154,6 +161,31 @@ async fn a_service_must_prove_its_name_and_sees_ours() {
     let status = call("127.0.0.1", port, Some(API), stranger).await;
     assert_eq!(status.code(), Code::Unavailable, "another root: {status}");
     assert!(plane.certify.ready().await.is_none(), "nothing was said to either");
+    serving.abort();
+}
+
+#[tokio::test]
+async fn a_connection_lives_no_longer_than_the_certificate_shown_on_it() {
+    let (ca, plane) = (Ca::new(), Plane::new());
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("bind");
+    let addr = listener.local_addr().expect("address");
+    let serving = plane.serve(listener, Some(ca.credentials(API).server_plain));
+    let short = Credentials { not_after: SystemTime::now() + Duration::from_secs(4), ..ca.credentials(WEB) };
+    let (tx, credentials) = watch::channel(Some(Arc::new(short)));
+    let service = ControlAddr { host: addr.ip().to_string(), port: addr.port(), name: Some(API.into()) };
+    let mut client = IdentityClient::new(client::channel(&service, ClientTls::Identity(credentials), DIAL));
+    // Who the service sees; a call that fails on its way is made again.
+    let mut seen = async || loop {
+        tokio::select! {
+            call = plane.certify.next() => break call.client,
+            _ = client.certify(linkerd2_proxy_api::identity::CertifyRequest::default()) => {}
+        }
+    };
+    assert_eq!(seen().await, WEB);
+    tx.send_replace(Some(Arc::new(ca.credentials(API))));
+    assert_eq!(seen().await, WEB, "it is the same connection");
+    let renewed = async { while seen().await != API {} };
+    tokio::time::timeout(Duration::from_secs(20), renewed).await.expect("a new connection");
     serving.abort();
 }
 

@@ -21,6 +21,8 @@ use tonic::{Code, Response, Status, Streaming};
 use super::convert::{self, PolicyAnswer, ProfileAnswer};
 use super::{Answer, Clients, Endpoints};
 use crate::control::backoff;
+use crate::metrics::Http;
+use crate::record;
 use crate::tls::CredentialsWatch;
 
 /// Whom to ask, and as whom.
@@ -274,6 +276,8 @@ enum Event<T> {
 /// A service that does not answer, told once for all its streams: after `PATIENCE`, and when it is back.
 pub(super) struct Service {
     name: &'static str,
+    /// Counts our calls to it.
+    calls: Arc<Http>,
     /// Since when nobody got an answer, and whether that was said.
     silent: Mutex<Option<(Instant, bool)>>,
 }
@@ -282,8 +286,8 @@ pub(super) struct Service {
 const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Service {
-    pub(super) const fn new(name: &'static str) -> Self {
-        Self { name, silent: Mutex::new(None) }
+    pub(super) fn new(name: &'static str, calls: Arc<Http>) -> Self {
+        Self { name, calls, silent: Mutex::new(None) }
     }
 
     fn answered(&self) {
@@ -319,7 +323,11 @@ async fn follow<T>(
     let mut failures = 0;
     loop {
         let mut heard = false;
+        let mut call = record::Request::begin(service.calls.clone(), None);
         let status = read(&ask, |event| {
+            if matches!(event, Event::Opened) {
+                call.response(200, &|_| {});
+            }
             if matches!(event, Event::Message(_)) {
                 heard = true;
                 service.answered();
@@ -327,6 +335,8 @@ async fn follow<T>(
             each(event);
         })
         .await;
+        call.grpc_status(status.as_ref().map_or_else(|status| status.code() as u8, |()| 0));
+        call.end(false);
         if heard {
             failures = 0;
         }

@@ -37,7 +37,7 @@ fn stage(vars: &[(&str, &str)]) -> Stage {
     let plane = Plane::new();
     let config = config(vars, &ca);
     let channels = plane.channels();
-    let connect = move || crate::discovery::Clients::new(channels(), channels());
+    let connect = move || crate::discovery::Clients::new((channels(), Arc::default()), (channels(), Arc::default()));
     let (credentials, watched) = watch::channel(Some(Arc::new(ca.credentials(WEB))));
     Stage { discovery: Discovery::start(Arc::new(config), Handle::current(), connect, watched), plane, credentials }
 }

@@ -5,6 +5,7 @@
 //! moves what `Follower` says belongs to the message and leaves the rest for the next one.
 
 use std::future::poll_fn;
+use std::io::ErrorKind;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -13,6 +14,7 @@ use mantle_proxy_core::http1::{self, Asked, Body, Connection, Edit, Follower, Re
 use mantle_proxy_core::reasons::BadHttp;
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::Refusal;
 use crate::relay::{poll_read_into, with_scratch};
 
 /// What is to be known of a request while it is under way.
@@ -53,7 +55,8 @@ pub(super) enum Finished {
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Failed {
-    /// The server's connection ended before a byte of the response; the request could be sent again as it was.
+    /// The server's connection ended before a byte of the response. `replayable`: the request may be sent again as it
+    /// was, for it is idempotent, or the server has seen nothing of it.
     ServerSilent {
         replayable: bool,
     },
@@ -62,6 +65,8 @@ pub(super) enum Failed {
     BadRequest(BadHttp),
     /// Either side went away in the middle.
     Broken,
+    /// Policy or trust changed: the exchange may not go on.
+    Revoked(Refusal),
 }
 
 pub(super) struct Exchange {
@@ -109,9 +114,9 @@ impl Exchange {
             }
             let received = match ready!(self.receiving.poll(cx, server, client, &self.terms, &mut meter)) {
                 Ok(received) => received,
-                Err(NotReceived::Silent) => {
+                Err(NotReceived::Silent { unseen }) => {
                     let sending = &self.sending;
-                    let replayable = sending.bodiless && (self.terms.idempotent || !sending.wrote);
+                    let replayable = sending.bodiless && (unseen || self.terms.idempotent || !sending.wrote);
                     return Poll::Ready(Err(Failed::ServerSilent { replayable }));
                 }
                 Err(NotReceived::Bad(why)) => return Poll::Ready(Err(Failed::BadResponse(why))),
@@ -276,7 +281,10 @@ enum Received {
 }
 
 enum NotReceived {
-    Silent,
+    /// `unseen`: the server's side vouches that it has seen nothing of the request.
+    Silent {
+        unseen: bool,
+    },
     Bad(BadHttp),
     Broken,
 }
@@ -345,8 +353,11 @@ impl Receiving {
             match poll_read_into(cx, server, scratch) {
                 Poll::Pending => return Ok(Poll::Pending),
                 Poll::Ready(Ok(bytes)) if !bytes.is_empty() => self.head.extend_from_slice(bytes),
-                Poll::Ready(Ok(_) | Err(_)) if !self.begun => return Err(NotReceived::Silent),
-                Poll::Ready(Ok(_) | Err(_)) => return Err(NotReceived::Broken),
+                Poll::Ready(_) if self.begun => return Err(NotReceived::Broken),
+                Poll::Ready(Ok(_)) => return Err(NotReceived::Silent { unseen: false }),
+                Poll::Ready(Err(error)) => {
+                    return Err(NotReceived::Silent { unseen: error.kind() == ErrorKind::ConnectionRefused });
+                }
             }
             self.begun = true;
         }
@@ -368,8 +379,8 @@ impl Receiving {
             (true, Version::Http10) => Connection::KeepAlive,
         };
         let mut out = Vec::with_capacity(self.head.len() + ADDED);
-        response.forward(&mut out, &Edit { strip_reserved: terms.strip_response, connection, add: &[] });
-        let length = response.head_len();
+        response.head.forward(&mut out, &Edit { strip_reserved: terms.strip_response, connection, add: &[] });
+        let length = response.head.size();
         if response.is_interim() {
             self.head.advance(length);
             self.out = out.into();

@@ -42,7 +42,7 @@ impl Service for Servers {
         let io = kept.or_else(|| self.waiting.borrow_mut().pop_front());
         let io = io.ok_or(Refusal { status: 504, reason: "no_endpoints" })?;
         let mut head = Vec::new();
-        request.forward(
+        request.head.forward(
             &mut head,
             &Edit { strip_reserved: true, connection: Connection::Default, add: &[("x-via", "us")] },
         );
@@ -51,10 +51,11 @@ impl Service for Servers {
         Ok(Opened { io, ticket: (), record, head, stale, half_close, strip_response })
     }
 
-    fn responded(&self, (): &mut (), _: Duration) {}
+    fn responded(&self, (): &(), _: Duration) {}
 
-    async fn revoked(&self, _: &Request<'_>) {
+    async fn revoked(&self, (): &(), _: &Request<'_>) -> Refusal {
         self.revoked.notified().await;
+        Refusal { status: 403, reason: "unauthorized" }
     }
 
     fn reuse(&self, (): (), io: DuplexStream) {
@@ -241,6 +242,38 @@ async fn a_tunnel_whose_client_is_no_longer_admitted_is_cut() {
     };
     let (end, ()) = tokio::join!(serve(&mut io, BytesMut::new(), &servers, &mut drain), play);
     assert_eq!(end, End::Broken);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_whose_client_is_no_longer_admitted_is_refused_or_broken_off() {
+    for answer in ["", "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"] {
+        let servers = Servers::default();
+        let mut server = servers.add();
+        let (mut app, mut io) = duplex(1024);
+        let (_shutdown, mut drain) = drain::channel();
+        let play = async {
+            say(&mut app, "GET /long HTTP/1.1\r\nhost: x\r\n\r\n").await;
+            hear(&mut server, "\r\n\r\n").await;
+            say(&mut server, answer).await;
+            hear(&mut app, answer).await;
+            servers.revoked.notify_one();
+            app.shutdown().await.unwrap();
+            let mut rest = String::new();
+            app.read_to_string(&mut rest).await.unwrap();
+            rest
+        };
+        let served = async {
+            let end = serve(&mut io, BytesMut::new(), &servers, &mut drain).await;
+            drop(io);
+            end
+        };
+        let (end, rest) = tokio::join!(served, play);
+        match answer {
+            "" => assert!(end == End::Closed && rest.starts_with("HTTP/1.1 403 "), "{end:?} {rest}"),
+            _ => assert!(end == End::Broken && rest.is_empty(), "{end:?} {rest}"),
+        }
+        assert!(server.read_u8().await.is_err(), "the server's side is gone, too");
+    }
 }
 
 #[test]

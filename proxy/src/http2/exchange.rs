@@ -29,48 +29,57 @@ pub(super) async fn run<S: Service>(
     body: RecvStream,
     mut respond: SendResponse<Bytes>,
 ) -> Result<(), (Refusal, SendResponse<Bytes>)> {
-    let placed = tokio::select! {
-        placed = place(serving, &mut parts) => placed,
-        _ = gone(&mut respond) => return Ok(()),
-    };
-    let (Picked { place, strip_response, .. }, mut send) = match placed {
-        Ok(placed) => placed,
-        Err(refusal) => return Err((refusal, respond)),
-    };
-    if parts.uri.authority().is_none() {
-        parts.version = Version::HTTP_11; // how `h2` is told that the target has a path alone
-    }
-    let revoked = serving.service.revoked(&place, &parts);
-    let mut ticket = serving.service.begin(place, &parts);
-    let sent = Instant::now();
-    let (response, upstream) = match send.send_request(Request::from_parts(parts, ()), body.is_end_stream()) {
-        Ok(sent) => sent,
-        Err(error) => {
-            ticket.end(true);
-            let closed = error.is_io() || error.reason().is_some();
-            return Err((if closed { NO_RESPONSE } else { BAD_REQUEST }, respond));
+    let bodiless = body.is_end_stream();
+    let (mut body, mut attempt) = (Some(body), 1);
+    loop {
+        let placed = tokio::select! {
+            placed = place(serving, &mut parts) => placed,
+            _ = gone(&mut respond) => return Ok(()),
+        };
+        let (Picked { place, strip_response, .. }, mut send) = match placed {
+            Ok(placed) => placed,
+            Err(refusal) => return Err((refusal, respond)),
+        };
+        // A request that is only a head can be sent again. Boxed: it would weigh on every request under way.
+        let spare = (bodiless && attempt < ATTEMPTS).then(|| Box::new(parts.clone()));
+        if parts.uri.authority().is_none() {
+            parts.version = Version::HTTP_11; // how `h2` is told that the target has a path alone
         }
-    };
-    drop(send);
-    // Both directions at once: a server may answer before it has read, a client may speak after it has heard.
-    let mut answered = false;
-    let outcome = {
-        let upload = upload(body, upstream);
-        let download = download(response, &mut respond, &mut ticket, &mut answered, strip_response, sent);
-        tokio::select! {
-            outcome = both(upload, download) => outcome,
-            refusal = revoked => Err(Failed::Revoked(refusal)),
+        let revoked = serving.service.revoked(&place, &parts);
+        let mut ticket = serving.service.begin(place, &parts);
+        let sent = Instant::now();
+        let mut answered = false;
+        let outcome = match send.send_request(Request::from_parts(parts, ()), bodiless) {
+            Ok((response, upstream)) => {
+                drop(send);
+                // Both directions at once: a server may answer before it has read, a client may speak after it has heard.
+                let upload = upload(body.take(), upstream);
+                let download = download(response, &mut respond, &mut ticket, &mut answered, strip_response, sent);
+                tokio::select! {
+                    outcome = both(upload, download) => outcome,
+                    refusal = revoked => Err(Failed::Refused(refusal)),
+                }
+            }
+            Err(error) if !error.is_io() && error.reason().is_none() => Err(Failed::Refused(BAD_REQUEST)),
+            Err(error) => Err(no_answer(&error)),
+        };
+        ticket.end(outcome.is_err());
+        match (outcome, spare) {
+            (Ok(()) | Err(Failed::ReceiverGone | Failed::Passed), _) => return Ok(()),
+            // The server has done nothing of it (RFC 9113 8.7). Without a spare, its client may still send it again.
+            (Err(Failed::Reset(Reason::REFUSED_STREAM)), Some(spare)) => parts = *spare,
+            (Err(Failed::Reset(reason)), _) => {
+                respond.send_reset(reason);
+                return Ok(());
+            }
+            (Err(Failed::Refused(_)), _) if answered => {
+                respond.send_reset(Reason::CANCEL); // revoked in the middle
+                return Ok(());
+            }
+            (Err(Failed::Refused(refusal)), _) => return Err((refusal, respond)),
         }
-    };
-    ticket.end(outcome.is_err());
-    match outcome {
-        Ok(()) | Err(Failed::ReceiverGone | Failed::Passed) => {}
-        Err(Failed::Reset(reason)) => respond.send_reset(reason),
-        Err(Failed::ServerGone) => return Err((NO_RESPONSE, respond)),
-        Err(Failed::Revoked(refusal)) if !answered => return Err((refusal, respond)),
-        Err(Failed::Revoked(_)) => respond.send_reset(Reason::CANCEL),
+        attempt += 1;
     }
-    Ok(())
 }
 
 /// A place and leave to send there; other places are tried while connecting fails.
@@ -115,12 +124,11 @@ async fn both(
 
 /// Why a response did not arrive whole.
 enum Failed {
-    /// The server reset the request before it answered.
+    /// The server reset the request before it answered, or its connection said that it will never look at it
+    /// (`REFUSED_STREAM`).
     Reset(Reason),
-    /// The connection to the server ended before it answered.
-    ServerGone,
-    /// Policy or trust changed: the request may not go on.
-    Revoked(Refusal),
+    /// There is no server, its connection ended before it answered, or policy or trust changed.
+    Refused(Refusal),
     /// Whom the bytes are for wants no more of them.
     ReceiverGone,
     /// The bytes broke off, and their receiver was told by a reset.
@@ -141,23 +149,24 @@ async fn download(
     if strip {
         strip_reserved(&mut head.headers);
     }
-    let visit = |each: &mut dyn FnMut(&str, &[u8])| {
-        head.headers.iter().for_each(|(name, value)| each(name.as_str(), value.as_bytes()));
-    };
-    ticket.response(head.status.as_u16(), &visit, sent.elapsed());
+    ticket.response(head.status.as_u16(), &|each| visit(&head.headers, each), sent.elapsed());
     let grpc = is_grpc(&head.headers);
     let in_head = grpc_status(&head.headers);
     let over = body.is_end_stream();
     *answered = true;
     let client = respond.send_response(Response::from_parts(head, ()), over).map_err(|_| Failed::ReceiverGone)?;
-    let in_trailers = match over {
-        true => None,
-        false => pump(body, client, |n| ticket.body(n)).await?.as_ref().and_then(grpc_status),
-    };
-    if let Some(code) = in_trailers.or(in_head).filter(|_| grpc) {
+    let trailers = if over { None } else { pump(body, client, |n| ticket.body(n)).await? };
+    if let Some(trailers) = &trailers {
+        ticket.trailers(&|each| visit(trailers, each));
+    }
+    if let Some(code) = trailers.as_ref().and_then(grpc_status).or(in_head).filter(|_| grpc) {
         ticket.grpc_status(code);
     }
     Ok(())
+}
+
+fn visit(headers: &HeaderMap, each: &mut dyn FnMut(&str, &[u8])) {
+    headers.iter().for_each(|(name, value)| each(name.as_str(), value.as_bytes()));
 }
 
 /// The response's head; interim responses (100, 103) go to the client as they come.
@@ -184,12 +193,19 @@ async fn answer(
                 respond.send_informational(interim).map_err(|_| Failed::ReceiverGone)?;
             }
             Next::Head(Ok(head)) => return Ok(head),
-            Next::Head(Err(error)) => {
-                let reset = error.is_reset().then(|| error.reason()).flatten();
-                return Err(reset.map_or(Failed::ServerGone, Failed::Reset));
-            }
+            Next::Head(Err(error)) => return Err(no_answer(&error)),
             Next::ClientGone => return Err(Failed::ReceiverGone),
         }
+    }
+}
+
+/// Why a request that was to be sent has no answer.
+fn no_answer(error: &h2::Error) -> Failed {
+    match error.reason() {
+        Some(reason) if error.is_reset() => Failed::Reset(reason),
+        // Only streams beyond the last one that a GOAWAY names end with it: they are never processed (RFC 9113 6.8).
+        Some(_) if error.is_go_away() && error.is_remote() => Failed::Reset(Reason::REFUSED_STREAM),
+        Some(_) | None => Failed::Refused(NO_RESPONSE),
     }
 }
 
@@ -200,8 +216,8 @@ enum Next {
 }
 
 /// The request's body and trailers, to their end or until one side gives up.
-async fn upload(body: RecvStream, server: SendStream<Bytes>) {
-    if !body.is_end_stream() {
+async fn upload(body: Option<RecvStream>, server: SendStream<Bytes>) {
+    if let Some(body) = body.filter(|body| !body.is_end_stream()) {
         let _ = pump(body, server, |_| {}).await; // what failed was told to both sides
     }
 }

@@ -2,7 +2,7 @@
 
 use http::header::{CONNECTION, CONTENT_TYPE, HeaderName, TE, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
-use mantle_proxy_core::http1::is_reserved;
+use mantle_proxy_core::http1::{REQUIRE_ID, is_reserved};
 
 use super::Refusal;
 
@@ -24,6 +24,15 @@ pub(super) fn strip_reserved(headers: &mut HeaderMap) {
             headers.remove(name);
         }
     }
+}
+
+/// What `l5d-require-id` said, kept with the request when the header itself is gone.
+#[derive(Clone, Debug)]
+pub(crate) struct RequiredIds(pub(crate) Vec<HeaderValue>);
+
+pub(super) fn required_ids(headers: &HeaderMap) -> Option<RequiredIds> {
+    let required: Vec<_> = headers.get_all(REQUIRE_ID).iter().cloned().collect();
+    (!required.is_empty()).then_some(RequiredIds(required))
 }
 
 /// gRPC of any flavour (`application/grpc`, `application/grpc+proto` …).

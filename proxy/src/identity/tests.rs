@@ -93,7 +93,7 @@ impl Stage {
 #[tokio::test]
 async fn every_renewal_has_a_new_key_the_token_of_the_moment_and_our_certificate() {
     let mut stage = stage("renewal").await;
-    let lifetime = Duration::from_millis(1500);
+    let lifetime = Duration::from_secs(5);
 
     let first = stage.plane.certify.next().await;
     assert_eq!((first.request.identity.as_str(), first.client.as_str()), (WEB, ""), "nothing to show yet");

@@ -2,7 +2,6 @@
 
 use std::future::Future;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderValue;
@@ -11,12 +10,12 @@ use mantle_proxy_core::model::ServerPolicy;
 use mantle_proxy_core::policy::Permit;
 use mantle_proxy_core::reasons::NoTls;
 
-use super::requests::{Handles, PortUse, client_addr, client_id, permit, refusal};
+use super::requests::{Handles, PortUse, client_addr, client_id, permit, refusal, revoked};
 use super::{Client, Inbound, Port, Server};
 use crate::http2::{Connected, Picked, Record, Refusal, Service};
 use crate::metrics::{Direction, Layer, TlsLabel};
 use crate::record::{self, Conn};
-use crate::tap::{TapRequest, TapStream, VisitHeaders};
+use crate::tap::VisitHeaders;
 
 /// The requests of one client connection, or of one stream of a link, for one port.
 pub(super) struct Calls {
@@ -44,26 +43,6 @@ impl Calls {
     /// Where the client's bytes are counted.
     pub(super) fn src(&self) -> Rc<Conn> {
         self.used.src.clone()
-    }
-
-    fn tap(&self, request: &Parts) -> Option<TapStream> {
-        let taps = &self.inbound.cx.control.taps;
-        if !taps.active() {
-            return None;
-        }
-        let dst_labels: Arc<[(String, String)]> = Arc::new([]);
-        taps.open(&TapRequest {
-            direction: Direction::Inbound,
-            src: self.client.addr,
-            dst: self.port.addr,
-            tls: &self.client.tls,
-            dst_labels: &dst_labels,
-            method: request.method.as_str(),
-            scheme: request.uri.scheme_str().unwrap_or("http"),
-            authority: request.uri.authority().map_or("", |authority| authority.as_str()),
-            path: request.uri.path(),
-            headers: &|visit| request.headers.iter().for_each(|(name, value)| visit(name.as_str(), value.as_bytes())),
-        })
     }
 }
 
@@ -96,22 +75,15 @@ impl Service for Calls {
         false
     }
 
-    fn revoked(&self, _: &Admitted, request: &Parts) -> impl Future<Output = Refusal> + 'static {
+    fn revoked(&self, place: &Admitted, request: &Parts) -> impl Future<Output = Refusal> + 'static {
         let (inbound, client, port) = (self.inbound.clone(), self.client.clone(), self.port.clone());
         let (method, path) = (request.method.clone(), request.uri.clone());
-        let mut policy = port.policy.clone();
-        async move {
-            loop {
-                policy.changed().await;
-                if let Err(refusal) = permit(&inbound, &client, &port, method.as_str(), path.path()) {
-                    return refusal;
-                }
-            }
-        }
+        let permit = place.permit.clone();
+        async move { revoked(&inbound, &client, &port, permit, method.as_str(), path.path()).await }
     }
 
     fn begin(&self, place: Admitted, request: &Parts) -> Call {
-        Call(record::Request::begin(place.handles.http.clone(), self.tap(request)))
+        Call(record::Request::begin(place.handles.http.clone(), self.inbound.tap(&self.client, &self.port, request)))
     }
 
     fn refused(&self, refusal: Refusal) -> bool {
@@ -127,6 +99,10 @@ impl Record for Call {
 
     fn body(&mut self, bytes: u64) {
         self.0.body(bytes);
+    }
+
+    fn trailers(&mut self, trailers: VisitHeaders<'_>) {
+        self.0.trailers(trailers);
     }
 
     fn grpc_status(&mut self, code: u8) {

@@ -13,10 +13,9 @@ use mantle_proxy_core::reasons::Denied;
 use super::{Client, Inbound, Port, Refused, Server};
 use crate::edges::EdgeGuard;
 use crate::http1::{self, Refusal, Service};
-use crate::metrics::{Counter, Direction, Http, Labels, Layer, Verdict};
+use crate::metrics::{Counter, Direction, Http, Layer, Verdict};
 use crate::pool::Shelf;
 use crate::record::{self, Conn};
-use crate::tap::{TapRequest, TapStream};
 
 /// The requests of one client connection (or link) for one port.
 pub(super) struct Requests<'a> {
@@ -87,15 +86,38 @@ pub(super) fn permit(
     method: &str,
     path: &str,
 ) -> Result<Permit, Refusal> {
-    let judged = match port.policy.now() {
-        Some(policy) => policy::authorize_request(&policy, client.addr.ip(), client.proved(), method, path),
+    let policy = port.policy.now();
+    let judged = match &policy {
+        Some(policy) => policy::authorize_request(policy, client.addr.ip(), client.proved(), method, path),
         None => Err(Denied::PolicyUnavailable),
     };
     judged.map_err(|why| {
-        let labels: Labels = record::labels(Direction::Inbound, port.addr, client.tls.clone());
-        inbound.cx.control.metrics.authz(Verdict::HttpDenied, &labels).add(1);
+        let verdict = match why {
+            Denied::RouteNotFound => Verdict::HttpRouteNotFound,
+            _ => Verdict::HttpDenied,
+        };
+        let labels = record::inbound_refused(port.addr, &client.tls, policy.as_deref());
+        inbound.cx.control.metrics.authz(verdict, &labels).add(1);
         refusal(Refused::Policy(why))
     })
+}
+
+/// Returns the refusal when a change of policy no longer admits a request that `permit` did.
+pub(super) async fn revoked(
+    inbound: &Inbound,
+    client: &Client,
+    port: &Port,
+    mut permit: Permit,
+    method: &str,
+    path: &str,
+) -> Refusal {
+    loop {
+        port.policy.changed(permit.policy()).await;
+        permit = match self::permit(inbound, client, port, method, path) {
+            Ok(permit) => permit,
+            Err(refusal) => return refusal,
+        };
+    }
 }
 
 /// What `l5d-client-id` says of the client; `None`: nothing was proved.
@@ -120,29 +142,9 @@ impl<'a> Requests<'a> {
         self.used.src.clone()
     }
 
-    fn tap(&self, request: &Request<'_>) -> Option<TapStream> {
-        let taps = &self.inbound.cx.control.taps;
-        if !taps.active() {
-            return None;
-        }
-        let dst_labels: Arc<[(String, String)]> = Arc::new([]);
-        taps.open(&TapRequest {
-            direction: Direction::Inbound,
-            src: self.client.addr,
-            dst: self.port.addr,
-            tls: &self.client.tls,
-            dst_labels: &dst_labels,
-            method: request.method,
-            scheme: "http",
-            authority: request.authority.unwrap_or_default(),
-            path: request.path,
-            headers: &|visit| request.headers().for_each(|(name, value)| visit(name, value)),
-        })
-    }
-
     /// The head as the application gets it: with who the client is, as far as it was proved here.
     fn head(&self, request: &Request<'_>) -> Vec<u8> {
-        let mut head = Vec::with_capacity(request.head_len() + ADDED);
+        let mut head = Vec::with_capacity(request.head.size() + ADDED);
         let address = client_addr(self.inbound, self.client, self.port);
         let id = client_id(self.client).map(|id| ("l5d-client-id", id));
         let address = address.as_deref().map(|address| ("mantle-client-addr", address));
@@ -152,20 +154,22 @@ impl<'a> Requests<'a> {
             add[n] = line;
             n += 1;
         }
-        request.forward(&mut head, &Edit { strip_reserved: true, connection: Connection::Default, add: &add[..n] });
+        request
+            .head
+            .forward(&mut head, &Edit { strip_reserved: true, connection: Connection::Default, add: &add[..n] });
         head
     }
 }
 
 impl Service for Requests<'_> {
     type Io = Server;
-    type Ticket = ();
+    type Ticket = Permit;
 
-    async fn open(&self, request: &Request<'_>) -> Result<http1::Opened<Server, ()>, Refusal> {
+    async fn open(&self, request: &Request<'_>) -> Result<http1::Opened<Server, Permit>, Refusal> {
         let permit = permit(self.inbound, self.client, self.port, request.method, request.path)?;
         let handles = self.used.handles(self.inbound, self.client, self.port, &permit);
         handles.allowed.add(1);
-        let record = record::Request::begin(handles.http.clone(), self.tap(request));
+        let record = record::Request::begin(handles.http.clone(), self.inbound.tap(self.client, self.port, request));
         let head = self.head(request);
         let idle = self.used.shelf.take();
         let stale = idle.is_some();
@@ -173,22 +177,16 @@ impl Service for Requests<'_> {
             Some(server) => server,
             None => self.inbound.dial(&permit, self.port).await.map_err(refusal)?,
         };
-        Ok(http1::Opened { io, ticket: (), record, head, stale, half_close: false, strip_response: true })
+        Ok(http1::Opened { io, ticket: permit, record, head, stale, half_close: false, strip_response: true })
     }
 
-    fn responded(&self, (): &mut (), _after: Duration) {}
+    fn responded(&self, _: &Permit, _after: Duration) {}
 
-    async fn revoked(&self, request: &Request<'_>) {
-        let mut policy = self.port.policy.clone();
-        loop {
-            policy.changed().await;
-            if permit(self.inbound, self.client, self.port, request.method, request.path).is_err() {
-                return;
-            }
-        }
+    fn revoked(&self, permit: &Permit, request: &Request<'_>) -> impl Future<Output = Refusal> {
+        revoked(self.inbound, self.client, self.port, permit.clone(), request.method, request.path)
     }
 
-    fn reuse(&self, (): (), io: Server) {
+    fn reuse(&self, _: Permit, io: Server) {
         self.used.shelf.put(io);
     }
 

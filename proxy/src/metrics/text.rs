@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use super::{
-    BOUNDS_MS, Counter, Direction, Http, Labels, Layer, Metrics, Outcome, Side, TlsLabel, Transport, Verdict,
-    unix_seconds,
+    BOUNDS_MS, ControlLabels, Counter, Direction, Http, Labels, Layer, Metrics, Outcome, Side, TlsLabel, Transport,
+    Verdict, unix_seconds,
 };
 
 /// The `Content-Type` of `Metrics::text`.
@@ -19,36 +19,14 @@ impl Metrics {
     /// Everything, as a scrape sees it at `now`.
     pub(crate) fn text(&self, now: Instant) -> String {
         let mut out = String::with_capacity(16 * 1024);
-        self.http_text(&mut out, now);
+        http_text(&mut out, "", labelled(self.https.scrape(now, &self.label_sets), http_labels));
+        http_text(&mut out, "control_", labelled(self.controls.scrape(now, &self.label_sets), control_labels));
         self.transport_text(&mut out, now);
         self.authz_text(&mut out, now);
         self.error_text(&mut out, now);
         self.process_text(&mut out);
         out.push_str("# EOF\n");
         out
-    }
-
-    fn http_text(&self, out: &mut String, now: Instant) {
-        let series = labelled(self.https.scrape(now, &self.label_sets), http_labels);
-        family(out, "request_total", "counter", "Requests.", |out| {
-            series.iter().for_each(|(labels, http)| line(out, "request_total", labels, http.requests.load(Relaxed)));
-        });
-        family(out, "response_total", "counter", "Responses that ended.", |out| {
-            for (labels, http) in &series {
-                for (outcome, count) in http.responses.iter().filter_map(|slot| slot.get()) {
-                    line(out, "response_total", &format!("{labels},{}", OutcomeLabels(outcome)), count.load(Relaxed));
-                }
-            }
-        });
-        family(
-            out,
-            "response_latency_ms",
-            "histogram",
-            "Time from a request's first byte to its response's last.",
-            |out| {
-                series.iter().for_each(|(labels, http)| latency_text(out, labels, http));
-            },
-        );
     }
 
     fn transport_text(&self, out: &mut String, now: Instant) {
@@ -159,9 +137,30 @@ impl Metrics {
     }
 }
 
+/// The three families of requests, with `prefix` before their names.
+fn http_text(out: &mut String, prefix: &str, series: Vec<(String, Arc<Http>)>) {
+    let name = format!("{prefix}request_total");
+    family(out, &name, "counter", "Requests.", |out| {
+        series.iter().for_each(|(labels, http)| line(out, &name, labels, http.requests.load(Relaxed)));
+    });
+    let name = format!("{prefix}response_total");
+    family(out, &name, "counter", "Responses that ended.", |out| {
+        for (labels, http) in &series {
+            for (outcome, count) in http.responses.iter().filter_map(|slot| slot.get()) {
+                line(out, &name, &format!("{labels},{}", OutcomeLabels(outcome)), count.load(Relaxed));
+            }
+        }
+    });
+    let name = format!("{prefix}response_latency_ms");
+    family(out, &name, "histogram", "Time from a request's first byte to its response's last.", |out| {
+        series.iter().for_each(|(labels, http)| latency_text(out, &name, labels, http));
+    });
+}
+
 const VERDICTS: &[(Verdict, &str, &str)] = &[
     (Verdict::HttpAllowed, "inbound_http_authz_allow_total", "Requests that the port's policy admitted."),
     (Verdict::HttpDenied, "inbound_http_authz_deny_total", "Requests that the port's policy refused."),
+    (Verdict::HttpRouteNotFound, "inbound_http_route_not_found_total", "Requests that no route of the policy matches."),
     (Verdict::TcpAllowed, "inbound_tcp_authz_allow_total", "Connections that the port's policy admitted."),
     (Verdict::TcpDenied, "inbound_tcp_authz_deny_total", "Connections that the port's policy refused."),
     (Verdict::TcpTerminated, "inbound_tcp_authz_terminate_total", "Connections that a change of policy ended."),
@@ -188,18 +187,18 @@ fn labelled<K, V>(series: Vec<(Option<K>, Arc<V>)>, labels: impl Fn(&K) -> Strin
     all
 }
 
-fn latency_text(out: &mut String, labels: &str, http: &Http) {
+fn latency_text(out: &mut String, name: &str, labels: &str, http: &Http) {
     for series in http.latencies.iter().filter_map(|slot| slot.get()) {
         let status = StatusCode(series.status);
         let mut cumulative = 0;
         for (at, bucket) in series.buckets.iter().enumerate() {
             cumulative += bucket.load(Relaxed);
             let bound = BOUNDS_MS.get(at).map_or_else(|| "+Inf".to_owned(), ToString::to_string);
-            line(out, "response_latency_ms_bucket", &format!("{labels},{status},le=\"{bound}\""), cumulative);
+            line(out, &format!("{name}_bucket"), &format!("{labels},{status},le=\"{bound}\""), cumulative);
         }
-        line(out, "response_latency_ms_count", &format!("{labels},{status}"), cumulative);
+        line(out, &format!("{name}_count"), &format!("{labels},{status}"), cumulative);
         let sum = series.sum_us.load(Relaxed);
-        let _ = writeln!(out, "response_latency_ms_sum{{{labels},{status}}} {}.{:03}", sum / 1000, sum % 1000);
+        let _ = writeln!(out, "{name}_sum{{{labels},{status}}} {}.{:03}", sum / 1000, sum % 1000);
     }
 }
 
@@ -207,9 +206,15 @@ fn http_labels(labels: &Labels) -> String {
     let mut out = direction(labels).to_owned();
     authority(&mut out, labels);
     target(&mut out, labels);
-    tls(&mut out, labels);
+    tls(&mut out, &labels.tls, labels.direction);
     endpoint(&mut out, labels);
     policy(&mut out, labels, true);
+    out
+}
+
+fn control_labels(labels: &ControlLabels) -> String {
+    let mut out = format!("addr=\"{}\"", Escaped(&labels.addr));
+    tls(&mut out, &labels.tls, Direction::Outbound);
     out
 }
 
@@ -224,17 +229,17 @@ fn transport_labels(side: Side, labels: &Labels) -> String {
         (Direction::Inbound, Side::Dst) => out.push_str(",tls=\"no_identity\",no_tls_reason=\"loopback\""),
         (Direction::Inbound, Side::Src) => {
             target(&mut out, labels);
-            tls(&mut out, labels);
+            tls(&mut out, &labels.tls, labels.direction);
             policy(&mut out, labels, false);
         }
         (Direction::Outbound, Side::Src) => {
             target(&mut out, labels);
-            tls(&mut out, labels);
+            tls(&mut out, &labels.tls, labels.direction);
         }
         (Direction::Outbound, Side::Dst) => {
             authority(&mut out, labels);
             target(&mut out, labels);
-            tls(&mut out, labels);
+            tls(&mut out, &labels.tls, labels.direction);
             endpoint(&mut out, labels);
         }
     }
@@ -249,7 +254,7 @@ fn authz_labels(labels: &Labels) -> String {
         labels.target.port()
     );
     policy(&mut out, labels, true);
-    tls(&mut out, labels);
+    tls(&mut out, &labels.tls, labels.direction);
     out
 }
 
@@ -276,8 +281,8 @@ fn target(out: &mut String, labels: &Labels) {
     );
 }
 
-fn tls(out: &mut String, labels: &Labels) {
-    let _ = match (&labels.tls, labels.direction) {
+fn tls(out: &mut String, tls: &TlsLabel, direction: Direction) {
+    let _ = match (tls, direction) {
         (TlsLabel::Mutual(id), Direction::Inbound) => write!(out, ",tls=\"true\",client_id=\"{}\"", Escaped(id)),
         (TlsLabel::Mutual(id), Direction::Outbound) => write!(out, ",tls=\"true\",server_id=\"{}\"", Escaped(id)),
         (TlsLabel::Passthru(sni), _) => write!(out, ",tls=\"opaque\",sni=\"{}\"", Escaped(sni)),

@@ -5,17 +5,18 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use http::HeaderValue;
 use http::request::Parts;
 
 use super::requests::refusal;
 use super::{Outbound, Ticket};
 use crate::counted::Counted;
 use crate::destination::Destination;
-use crate::http2::{Connected, Picked, Record, Refusal, Service};
+use crate::http2::{Connected, Picked, Record, Refusal, RequiredIds, Service};
 use crate::link::LinkHint;
 use crate::metrics::{Direction, Layer};
 use crate::record;
-use crate::tap::{TapRequest, TapStream, VisitHeaders};
+use crate::tap::VisitHeaders;
 use crate::upstream::Upstream;
 
 /// The requests of one client connection.
@@ -37,8 +38,11 @@ impl Service for Calls {
     type Place = Ticket;
     type Ticket = Call;
 
-    async fn pick(&self, _: &mut Parts) -> Result<Picked<Ticket>, Refusal> {
+    async fn pick(&self, request: &mut Parts) -> Result<Picked<Ticket>, Refusal> {
         let place = self.out.pick(&self.dst).await.map_err(refusal)?;
+        if let Some(RequiredIds(required)) = request.extensions.get() {
+            place.has(required.iter().map(HeaderValue::as_bytes)).map_err(refusal)?;
+        }
         let strip_response = !place.is_mesh();
         Ok(Picked { key: place.key(), place, strip_response })
     }
@@ -64,36 +68,13 @@ impl Service for Calls {
 
     fn begin(&self, place: Ticket, request: &Parts) -> Call {
         let http = place.reach.http(&self.out.cx.control.metrics);
-        let tap = self.tap(request, &place);
+        let tap = self.out.tap(self.client, &place, request);
         Call { record: record::Request::begin(http, tap), ticket: place, dst: self.dst.clone() }
     }
 
     fn refused(&self, refusal: Refusal) -> bool {
         self.out.cx.control.metrics.error(Direction::Outbound, Layer::Http, refusal.reason);
         true
-    }
-}
-
-impl Calls {
-    fn tap(&self, request: &Parts, place: &Ticket) -> Option<TapStream> {
-        let taps = &self.out.cx.control.taps;
-        if !taps.active() {
-            return None;
-        }
-        let (dst, dst_labels) = (place.node.endpoint.addr, &place.node.endpoint.labels);
-        let (src, tls) = (self.client, &place.reach.route.tls);
-        taps.open(&TapRequest {
-            direction: Direction::Outbound,
-            src,
-            dst,
-            tls,
-            dst_labels,
-            method: request.method.as_str(),
-            scheme: request.uri.scheme_str().unwrap_or("http"),
-            authority: request.uri.authority().map_or("", |authority| authority.as_str()),
-            path: request.uri.path(),
-            headers: &|visit| request.headers.iter().for_each(|(name, value)| visit(name.as_str(), value.as_bytes())),
-        })
     }
 }
 
@@ -105,6 +86,10 @@ impl Record for Call {
 
     fn body(&mut self, bytes: u64) {
         self.record.body(bytes);
+    }
+
+    fn trailers(&mut self, trailers: VisitHeaders<'_>) {
+        self.record.trailers(trailers);
     }
 
     fn grpc_status(&mut self, code: u8) {

@@ -12,7 +12,6 @@ use crate::http1::{self, Refusal, Service};
 use crate::link::LinkHint;
 use crate::metrics::{Direction, Layer};
 use crate::record;
-use crate::tap::TapRequest;
 use crate::upstream::Upstream;
 
 /// The requests of one client connection.
@@ -28,21 +27,22 @@ impl Service for Requests<'_> {
 
     async fn open(&self, request: &Request<'_>) -> Result<http1::Opened<Self::Io, Ticket>, Refusal> {
         let Opened { io, ticket, reused } = self.out.connect(self.dst, LinkHint::Http1).await.map_err(refusal)?;
+        ticket.has(request.head.required_ids()).map_err(refusal)?;
         let is_stream = matches!(io.get(), Upstream::Mux(_));
-        let mut head = Vec::with_capacity(request.head_len() + ADDED);
-        request.forward(&mut head, &Edit { strip_reserved: true, connection: Connection::Default, add: &[] });
-        let record =
-            record::Request::begin(ticket.reach.http(&self.out.cx.control.metrics), self.tap(request, &ticket));
+        let mut head = Vec::with_capacity(request.head.size() + ADDED);
+        request.head.forward(&mut head, &Edit { strip_reserved: true, connection: Connection::Default, add: &[] });
+        let tap = self.out.tap(self.client, &ticket, request);
+        let record = record::Request::begin(ticket.reach.http(&self.out.cx.control.metrics), tap);
         let (stale, half_close, strip_response) = (reused || is_stream, is_stream, !ticket.is_mesh());
         Ok(http1::Opened { io, ticket, record, head, stale, half_close, strip_response })
     }
 
-    fn responded(&self, ticket: &mut Ticket, after: Duration) {
+    fn responded(&self, ticket: &Ticket, after: Duration) {
         ticket.responded(self.dst.now(), after);
     }
 
     /// Who may be asked is the server's decision.
-    async fn revoked(&self, _: &Request<'_>) {
+    async fn revoked(&self, _: &Ticket, _: &Request<'_>) -> Refusal {
         std::future::pending().await
     }
 
@@ -53,27 +53,6 @@ impl Service for Requests<'_> {
     fn refused(&self, refusal: Refusal) -> bool {
         self.out.cx.control.metrics.error(Direction::Outbound, Layer::Http, refusal.reason);
         true
-    }
-}
-
-impl Requests<'_> {
-    fn tap(&self, request: &Request<'_>, ticket: &Ticket) -> Option<crate::tap::TapStream> {
-        let taps = &self.out.cx.control.taps;
-        if !taps.active() {
-            return None;
-        }
-        taps.open(&TapRequest {
-            direction: Direction::Outbound,
-            src: self.client,
-            dst: ticket.node.endpoint.addr,
-            tls: &ticket.reach.route.tls,
-            dst_labels: &ticket.node.endpoint.labels,
-            method: request.method,
-            scheme: "http",
-            authority: request.authority.unwrap_or_default(),
-            path: request.path,
-            headers: &|visit| request.headers().for_each(|(name, value)| visit(name, value)),
-        })
     }
 }
 

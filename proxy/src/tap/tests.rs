@@ -99,7 +99,7 @@ fn request<'a>(
     direction: Direction,
     tls: &'a TlsLabel,
     dst_labels: &'a Arc<[(String, String)]>,
-    path: &'a str,
+    head: &'a Get<'a>,
 ) -> TapRequest<'a> {
     TapRequest {
         direction,
@@ -107,11 +107,28 @@ fn request<'a>(
         dst: "10.203.0.2:8080".parse().expect("address"),
         tls,
         dst_labels,
-        method: "GET",
-        scheme: "http",
-        authority: "web-svc.shop:80",
-        path,
-        headers: &|visit| visit("user-agent", b"test\xff"),
+        head,
+    }
+}
+
+/// A request for a path.
+struct Get<'a>(&'a str);
+
+impl TapHead for Get<'_> {
+    fn method(&self) -> &str {
+        "GET"
+    }
+    fn scheme(&self) -> &str {
+        "http"
+    }
+    fn authority(&self) -> &str {
+        "web-svc.shop:80"
+    }
+    fn path(&self) -> &str {
+        self.0
+    }
+    fn headers(&self, visit: &mut dyn FnMut(&str, &[u8])) {
+        visit("user-agent", b"test\xff");
     }
 }
 
@@ -136,9 +153,9 @@ async fn an_observer_sees_a_request_from_its_head_to_its_end() {
     let mut events = stage.observe(2, path("/api/"), true).await.expect("allowed");
     assert!(stage.taps.active());
     let (tls, labels) = (TlsLabel::Mutual(Arc::from(API)), Arc::from([("deployment".to_owned(), "web".to_owned())]));
-    assert!(stage.taps.open(&request(Direction::Outbound, &tls, &labels, "/other")).is_none());
+    assert!(stage.taps.open(&request(Direction::Outbound, &tls, &labels, &Get("/other"))).is_none());
 
-    let mut stream = stage.taps.open(&request(Direction::Outbound, &tls, &labels, "/api/list")).expect("matches");
+    let mut stream = stage.taps.open(&request(Direction::Outbound, &tls, &labels, &Get("/api/list"))).expect("matches");
     stream.response(200, &no_headers, Duration::from_micros(1500));
     stream.end(Outcome { grpc: Some(5), ..OK }, 321, Duration::from_millis(2), Duration::from_micros(500));
 
@@ -169,9 +186,9 @@ async fn an_observer_sees_a_request_from_its_head_to_its_end() {
     // The second is the last: it is dropped unfinished, and the stream ends with it.
     let none = Arc::from([]);
     let tls = TlsLabel::None(NoTls::NotProvidedByRemote);
-    let stream = stage.taps.open(&request(Direction::Inbound, &tls, &none, "/api/vote")).expect("matches");
+    let stream = stage.taps.open(&request(Direction::Inbound, &tls, &none, &Get("/api/vote"))).expect("matches");
     assert!(!stage.taps.active(), "the limit is reached");
-    assert!(stage.taps.open(&request(Direction::Inbound, &tls, &none, "/api/vote")).is_none());
+    assert!(stage.taps.open(&request(Direction::Inbound, &tls, &none, &Get("/api/vote"))).is_none());
     drop(stream);
     let (event, http) = next(&mut events).await;
     assert_eq!(event.source_meta.expect("labels").labels["tls"], "not_provided_by_remote");
@@ -263,7 +280,7 @@ async fn strangers_who_stay_keep_no_observer_out_and_push_none_away() {
     }
     let _late = stage.observe(1, any(), false).await.expect("allowed still");
     let (tls, labels) = (TlsLabel::None(NoTls::Loopback), Arc::from([]));
-    drop(stage.taps.open(&request(Direction::Inbound, &tls, &labels, "/")).expect("matches"));
+    drop(stage.taps.open(&request(Direction::Inbound, &tls, &labels, &Get("/"))).expect("matches"));
     next(&mut events).await;
 }
 
@@ -302,7 +319,7 @@ async fn an_observer_that_goes_or_stalls_is_no_burden() {
     let (tls, labels) = (TlsLabel::None(NoTls::Loopback), Arc::from([]));
     // Nobody reads: what does not fit is dropped, and nothing waits.
     for _ in 0..MAX_WAITING * 3 {
-        let stream = stage.taps.open(&request(Direction::Inbound, &tls, &labels, "/")).expect("matches");
+        let stream = stage.taps.open(&request(Direction::Inbound, &tls, &labels, &Get("/"))).expect("matches");
         stream.end(OK, 0, Duration::ZERO, Duration::ZERO);
     }
     drop(events);

@@ -14,7 +14,7 @@ fn head(lines: &[&str]) -> Vec<u8> {
 fn forwarded(lines: &[&str], edit: &Edit<'_>) -> Vec<String> {
     let bytes = head(lines);
     let mut out = Vec::new();
-    request(&bytes).unwrap().unwrap().forward(&mut out, edit);
+    request(&bytes).unwrap().unwrap().head.forward(&mut out, edit);
     let text = String::from_utf8(out).unwrap();
     text.strip_suffix("\r\n\r\n").unwrap().split("\r\n").map(Into::into).collect()
 }
@@ -26,14 +26,14 @@ fn a_request_is_understood_in_place() {
     let r = request(&with_body).unwrap().unwrap();
     assert_eq!((r.method, r.target, r.path), ("POST", "/api/vote?choice=:x:", "/api/vote"));
     assert_eq!((r.authority, r.version, r.body), (Some("web-svc.emojivoto:80"), Version::Http11, Body::Length(5)));
-    assert_eq!((r.keep_alive, r.upgrade, r.head_len()), (true, false, bytes.len()));
-    assert_eq!(r.header("content-LENGTH"), Some(&b"5"[..]));
-    assert_eq!(r.headers().count(), 2);
+    assert_eq!((r.keep_alive, r.upgrade, r.head.size()), (true, false, bytes.len()));
+    assert_eq!(r.head.header("content-LENGTH"), Some(&b"5"[..]));
+    assert_eq!(r.head.headers().count(), 2);
     for cut in 0..bytes.len() {
         assert!(request(&bytes[..cut]).unwrap().is_none(), "cut at {cut}");
     }
     let blank = [b"\r\n", &bytes[..]].concat();
-    assert_eq!(request(&blank).unwrap().unwrap().head_len(), blank.len());
+    assert_eq!(request(&blank).unwrap().unwrap().head.size(), blank.len());
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn an_upgrade_is_forwarded_unless_it_is_to_http2() {
     let answer = response(&switching, asked).unwrap().unwrap();
     assert!(answer.tunnel && !answer.keep_alive && !answer.is_interim());
     let mut out = Vec::new();
-    answer.forward(&mut out, &PLAIN);
+    answer.head.forward(&mut out, &PLAIN);
     assert_eq!(out, head(&["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "connection: upgrade"]));
     assert_eq!(response(&switching, Asked::default()).err(), Some(BadHttp::Malformed), "nobody asked for it");
 }
@@ -326,13 +326,13 @@ fn what_is_forwarded_is_understood_the_same_by_the_next_reader() {
         let Ok(Some(first)) = request(&bytes) else { continue };
         accepted += 1;
         let mut out = Vec::new();
-        first.forward(&mut out, &PLAIN);
+        first.head.forward(&mut out, &PLAIN);
         let second = request(&out).unwrap().unwrap();
         assert_eq!((second.method, second.target, second.body), (first.method, first.target, first.body));
-        assert_eq!((second.authority, second.upgrade, second.head_len()), (first.authority, first.upgrade, out.len()));
-        assert!(second.headers().all(|(name, _)| !is_reserved(name.as_bytes())));
+        assert_eq!((second.authority, second.upgrade, second.head.size()), (first.authority, first.upgrade, out.len()));
+        assert!(second.head.headers().all(|(name, _)| !is_reserved(name.as_bytes())));
         let mut again = Vec::new();
-        second.forward(&mut again, &PLAIN);
+        second.head.forward(&mut again, &PLAIN);
         assert_eq!(again, out);
     }
     assert!(accepted > 5_000, "{accepted}");

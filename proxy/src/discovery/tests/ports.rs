@@ -54,23 +54,25 @@ async fn a_listed_port_has_its_default_policy_until_the_first_answer_and_keeps_t
     assert_eq!((call.request.port, call.request.workload.as_str()), (8080, "web-1"));
     let stream = call.stream();
     stream.send(Ok(server("open", anyone()))).expect("open");
-    port.changed().await;
-    assert_eq!(port.now().expect("answered").name, "open");
+    port.changed(&default).await;
+    let open = port.now().expect("answered");
+    assert_eq!(open.name, "open");
     // One that cannot be used closes the port.
     stream.send(Ok(server("broken", None))).expect("open");
-    port.changed().await;
+    port.changed(&open).await;
     let closed = port.now().expect("answered");
     assert_eq!((closed.name.as_str(), closed.authorizations.len()), ("invalid", 0));
     // The same again, then the end: nothing changes, and it is asked again.
     stream.send(Ok(server("open", anyone()))).expect("open");
-    port.changed().await;
+    port.changed(&closed).await;
     drop(stream);
     let again = stage.plane.inbound.next().await;
-    assert_eq!(port.now().expect("kept").name, "open");
+    let open = port.now().expect("kept");
+    assert_eq!(open.name, "open");
     again.refuse(Code::NotFound);
     stage.plane.inbound.next().await.stream().send(Ok(server("open", anyone()))).expect("open");
     assert!(
-        tokio::time::timeout(Duration::from_secs(5), port.changed()).await.is_err(),
+        tokio::time::timeout(Duration::from_secs(5), port.changed(&open)).await.is_err(),
         "an equal policy is no change"
     );
 }
