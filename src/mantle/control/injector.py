@@ -18,10 +18,11 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from mantle.control.injector_api import Api, Refused, Unreachable
+from mantle.control.injector_api import Api
 from mantle.control.injector_events import Events
 from mantle.core.admission import OWNERS_ABOVE, Decision, NotAReview, Outcome, Owner, controller, decide, pod_of
 from mantle.core.proxy_env import Values
+from mantle.platform.kubernetes.calls import Refused, Unreachable
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,11 @@ import argparse
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,6 @@ from mantle.platform.kubernetes.client import from_kubeconfig, in_cluster
 
 if TYPE_CHECKING:
     from mantle.control.injector_api import Api
-    from mantle.control.injector_certificate import Keeper
 
 ROOTS_MAP, ROOTS_KEY = "mantle-identity-trust-roots", "ca-bundle.crt"
 IDLE = 3600.0
@@ -54,15 +55,19 @@ def injector_main(argv: Sequence[str]) -> int:
 async def serve_injector(options: argparse.Namespace) -> None:
     from mantle.control.injector import Injector, Settings, application
     from mantle.control.injector_api import Api
-    from mantle.control.injector_certificate import Keeper
     from mantle.control.injector_events import Events
+    from mantle.platform.kubernetes.serving_cert import Keeper, load_from_memory, webhooks
 
     registry = CollectorRegistry()
     async with from_kubeconfig(options.kubeconfig) if options.kubeconfig else in_cluster() as client:
         api = Api(client, options.control_namespace)
         settings = Settings(lambda: read_values(api))
         events = Events(api, options.pod_name, registry, now, asyncio.get_running_loop().time)
-        keeper = Keeper(api, plan(options), registry, now)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        show = partial(load_from_memory, context)
+        whom = (client, options.control_namespace, "injector", webhooks("mantle-injector"))
+        keeper = Keeper(*whom, plan(options), show, registry, now)
         injector = Injector(api, settings, events, registry)
         stopping = asyncio.Event()
 
@@ -73,7 +78,7 @@ async def serve_injector(options: argparse.Namespace) -> None:
             parts = [tasks.create_task(part) for part in (settings.run(), events.run(), keeper.run())]
             async with (
                 admin_server(options.admin, registry, not_ready),
-                https_server(options.listen, application(injector), keeper),
+                https_server(options.listen, application(injector), context),
             ):
                 await until_told(f"injecting for {options.control_namespace} as {options.pod_name}")
                 stopping.set()
@@ -113,12 +118,12 @@ async def read_values(api: Api) -> Values:
 
 
 @asynccontextmanager
-async def https_server(address: tuple[str, int], app: web.Application, keeper: Keeper) -> AsyncIterator[int]:
-    """Serves until left, with the keeper's certificate of the moment; yields the port (useful with port 0)."""
+async def https_server(address: tuple[str, int], app: web.Application, context: ssl.SSLContext) -> AsyncIterator[int]:
+    """Serves until left, with the context's certificate of the moment; yields the port (useful with port 0)."""
     runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, *address, ssl_context=keeper.context)
+        site = web.TCPSite(runner, *address, ssl_context=context)
         await site.start()
         bound: int = runner.addresses[0][1]
         yield bound

@@ -17,8 +17,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
 
-from mantle.control.injector_api import CONFLICT, Api, Refused, Unreachable
+from mantle.control.injector_api import Api
 from mantle.core.admission import Note, Owner, Subject
+from mantle.platform.kubernetes.calls import CONFLICT, Refused, Unreachable
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ moment, so that a renewed certificate or another CA counts from the next connect
 
 from __future__ import annotations
 
-import os
 import ssl
 from typing import Any
 
+from mantle.platform.kubernetes.serving_cert import load_from_memory
 from mantle.viz.front_proxy import FrontProxy
 
 
@@ -70,8 +70,5 @@ def _context(proxy: FrontProxy | None = None, pem: bytes | None = None) -> ssl.S
         context.load_verify_locations(cadata=proxy.client_ca)
         context.front_proxy = proxy
     if pem is not None:
-        with os.fdopen(os.memfd_create("certificate", os.MFD_CLOEXEC), "wb") as file:  # the ssl module reads files only
-            file.write(pem)
-            file.flush()
-            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+        load_from_memory(context, pem)
     return context
