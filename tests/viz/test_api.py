@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_the_component_starts_serves_and_stops(tmp_path: Path) -> None:
 
     async def run() -> None:
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
-            running = group.create_task(app.run(options, FakePlatform()))
+            running = group.create_task(app.run(options, FakePlatform(), partial(app._serve_on_machine, options)))
             while not path.exists():  # noqa: ASYNC110  (the file system has no event)
                 await asyncio.sleep(0.01)
             async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:

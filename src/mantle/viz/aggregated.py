@@ -17,7 +17,8 @@ from aiohttp import web
 
 from mantle.core import views
 from mantle.core.views import Right
-from mantle.viz.api import MAX_BODY_BYTES, Api, BadRequest, parse_body, tap_query
+from mantle.viz.api import MAX_BODY_BYTES, Api, parse_body, tap_query
+from mantle.viz.fields import BadRequest
 from mantle.viz.front_proxy import FrontProxy, NotAuthenticated, User, user_of
 from mantle.viz.tap import NothingToTap
 
@@ -157,7 +158,8 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
     except _Refused as error:
         return _status(error.status, error.reason, [(error.message, error.fix)])
     except BadRequest as error:
-        return _status(400, "BadRequest", error.mistakes)
+        reason = "BadRequest" if error.status == 400 else "ServiceUnavailable"
+        return _status(error.status, reason, error.mistakes)
     except NothingToTap as error:
         return _status(404, "NotFound", [(error.message, error.fix)])
     except web.HTTPException as error:

@@ -10,35 +10,24 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from aiohttp import web
 
-from mantle.core.selector import EVERYTHING, BadSelector, Selector
+from mantle.core.selector import EVERYTHING, BadSelector
 from mantle.core.selector import parse as parse_selector
 from mantle.viz import edges, selected, stat, tap, tap_events
+from mantle.viz.fields import BadRequest, Fields, View
 from mantle.viz.scrape import Health
 from mantle.viz.source import MetricsSource
 from mantle.viz.world import World
 
 EDGES_WINDOW_SECONDS = 300.0
 STAT_WINDOW_SECONDS = 60.0
-MAX_WINDOW_SECONDS = 15 * 60.0
 HEARTBEAT_SECONDS = 2.0
 """Between the empty lines of a tap: they show each relay on the way that its reader is gone, even without events."""
 MAX_BODY_BYTES = 64 << 10
-
-
-View = Callable[[Mapping[str, str]], Awaitable[dict[str, Any]]]
-"""A view: from the fields of a query to an object. Raises `BadRequest`."""
-
-
-class BadRequest(Exception):
-    """Mistakes in a request: (message, fix) each."""
-
-    def __init__(self, mistakes: list[tuple[str, str]]) -> None:
-        super().__init__("; ".join(message for message, _ in mistakes))
-        self.mistakes = mistakes
 
 
 class HealthOf(Protocol):
@@ -48,12 +37,20 @@ class HealthOf(Protocol):
 
 
 class Api:
-    """Answers from `source` and `world`; taps through `proxies`. `health` tells how scraping goes."""
+    """Answers from `source` and `world`; taps through `proxies`. `health` tells how scraping goes; `more` are views
+    made elsewhere."""
 
-    def __init__(self, world: World, source: MetricsSource, proxies: tap.Observes, health: HealthOf) -> None:
+    def __init__(
+        self,
+        world: World,
+        source: MetricsSource,
+        proxies: tap.Observes,
+        health: HealthOf,
+        more: Mapping[str, View] = MappingProxyType({}),
+    ) -> None:
         self._world, self._source, self._proxies, self._health = world, source, proxies, health
         self.open_taps = 0
-        self.views: Mapping[str, View] = {"edges": self.edges, "stat": self.stat, "summary": self.summary}
+        self.views: Mapping[str, View] = {"edges": self.edges, "stat": self.stat, "summary": self.summary, **more}
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors])
@@ -63,7 +60,7 @@ class Api:
         return app
 
     async def edges(self, asked: Mapping[str, str]) -> dict[str, Any]:
-        fields = _Fields(asked)
+        fields = Fields(asked)
         kind = fields.one_of("resource", edges.KINDS, default="deployment")
         namespace = fields.namespace()
         window = fields.window(EDGES_WINDOW_SECONDS)
@@ -75,7 +72,7 @@ class Api:
         return {"edges": rows, "window_seconds": traffic.seconds}
 
     async def stat(self, asked: Mapping[str, str]) -> dict[str, Any]:
-        fields = _Fields(asked)
+        fields = Fields(asked)
         kind = fields.one_of("resource", (*stat.KINDS, "all"))
         namespace = fields.namespace()
         window = fields.window(STAT_WINDOW_SECONDS)
@@ -93,7 +90,7 @@ class Api:
 
     async def summary(self, asked: Mapping[str, str]) -> dict[str, Any]:
         """What `check` and `demo` ask: every edge by its worst state, and how scraping goes."""
-        fields = _Fields(asked)
+        fields = Fields(asked)
         namespace = fields.namespace() if fields.text("namespace") else None
         window = fields.window(EDGES_WINDOW_SECONDS)
         fields.done()
@@ -145,56 +142,7 @@ def _answering(view: View) -> Callable[[web.Request], Awaitable[web.Response]]:
     return handle
 
 
-class _Fields:
-    """Reads the fields of a query, collecting mistakes."""
-
-    def __init__(self, query: Mapping[str, str]) -> None:
-        self._query = query
-        self._mistakes: list[tuple[str, str]] = []
-
-    def wrong(self, message: str, fix: str) -> None:
-        self._mistakes.append((message, fix))
-
-    def text(self, name: str) -> str:
-        return self._query.get(name, "")
-
-    def one_of(self, name: str, allowed: tuple[str, ...], default: str = "") -> str:
-        value = self._query.get(name, default)
-        if value not in allowed:
-            self.wrong(f"{name} is {value!r}", f"use one of: {', '.join(allowed)}")
-        return value
-
-    def namespace(self) -> str | None:
-        """None if all are asked for."""
-        return None if self.text("all") in ("1", "true") else self.text("namespace") or "default"
-
-    def window(self, default: float) -> float:
-        text = self.text("window")
-        try:
-            value = float(text) if text else default
-        except ValueError:
-            value = -1.0
-        if not stat.MIN_WINDOW_SECONDS <= value <= MAX_WINDOW_SECONDS:
-            self.wrong(
-                f"metrics time window needs to be at least {stat.MIN_WINDOW_SECONDS}s and at most 15m, not {text}",
-                "choose another one with -t",
-            )
-        return value
-
-    def selector(self) -> Selector:
-        found = parse_selector(self.text("selector"))
-        if isinstance(found, BadSelector):
-            self.wrong(str(found), "give -l another selector")
-            return EVERYTHING
-        return found
-
-    def done(self) -> None:
-        """Raises `BadRequest` if anything was wrong."""
-        if self._mistakes:
-            raise BadRequest(self._mistakes)
-
-
-def _peer(fields: _Fields, name: str, namespace: str) -> stat.Peer | None:
+def _peer(fields: Fields, name: str, namespace: str) -> stat.Peer | None:
     """`to=deployment/web`, with `to_namespace`."""
     kind, _, peer = fields.text(name).partition("/")
     if not kind:
@@ -270,7 +218,7 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.StreamResponse = await handler(request)
         return response
     except BadRequest as error:
-        return _failure(400, error.mistakes)
+        return _failure(error.status, error.mistakes)
     except tap.NothingToTap as error:
         return _failure(404, [(error.message, error.fix)])
     except web.HTTPException as error:

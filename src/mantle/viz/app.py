@@ -15,8 +15,9 @@ import signal
 import socket
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -29,6 +30,8 @@ from mantle.core.names import BadName, MeshNames, mesh_names
 from mantle.platform.port import Platform
 from mantle.platform.remote import RemotePlatform
 from mantle.viz.api import Api
+from mantle.viz.discovery import Discovery
+from mantle.viz.pod_views import PodViews
 from mantle.viz.proxies import Proxies
 from mantle.viz.router import router_addresses
 from mantle.viz.scrape import INTERVAL_SECONDS, Scraper
@@ -43,13 +46,22 @@ class Options:
 
     admin_host: str
     admin_port: int
-    platform: Path
+    platform: Path | None
+    """The platform's socket; None: a Kubernetes cluster."""
     api: Path
     names: MeshNames
     interval: float
     router: tuple[str, ...]
     pod: str
     """The name of the pod this runs in."""
+    aggregated: tuple[str, int] = ("0.0.0.0", 8089)
+    """Where the API server finds the aggregated API of a cluster."""
+    kubeconfig: Path | None = None
+    """How to reach the cluster from outside it; None: as the pod this runs in."""
+    cluster_domain: str = "cluster.local"
+    """What service names end in."""
+    dns_names: tuple[str, ...] = ()
+    """What else than the Service's name the API server may call us."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,47 +72,84 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 async def _main(options: Options) -> None:
-    async with RemotePlatform(options.platform) as platform:
-        await run(options, platform)
+    if options.platform is None:
+        from mantle.viz.on_cluster import on_cluster
+
+        async with on_cluster(options) as (platform, serve):
+            await run(options, platform, serve)
+    else:
+        async with RemotePlatform(options.platform) as platform:
+            await run(options, platform, partial(_serve_on_machine, options))
+
+
+Serve = Callable[[contextlib.AsyncExitStack, asyncio.TaskGroup, Api, CollectorRegistry], Awaitable["Part"]]
+"""Serves the API until the stack is left, with tasks of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What serves the API: tasks to end with the component, and why it is not ready (empty: it is)."""
+
+    tasks: tuple[asyncio.Task[None], ...] = ()
+    not_ready: Callable[[], str] = str
+
+
+async def _serve_on_machine(
+    options: Options, servers: contextlib.AsyncExitStack, _: asyncio.TaskGroup, api: Api, __: CollectorRegistry
+) -> Part:
+    await _serve_socket(servers, api.application(), options.api)
+    return Part()
 
 
 def parse(argv: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="viz", description="Scrapes proxies; serves stat, edges and tap.")
     parser.add_argument("--admin", default="0.0.0.0:9995", metavar="IP:PORT", help="/ready, /live and /metrics")
-    parser.add_argument("--platform", required=True, metavar="unix:/PATH", help="the platform's socket")
+    parser.add_argument(
+        "--platform", required=True, metavar="unix:/PATH", help="or `kubernetes`"
+    )
     parser.add_argument(
         "--api", type=Path, metavar="PATH", help="the API's socket (default: viz.sock beside --platform)"
     )
     parser.add_argument("--control-namespace", default="mantle")
     parser.add_argument("--trust-domain", default="cluster.local")
+    parser.add_argument("--cluster-domain", default="cluster.local", help="what service names end in")
     parser.add_argument("--networks", default="", metavar="CIDR,…", help="the mesh's networks")
     parser.add_argument("--scrape-interval", type=float, default=INTERVAL_SECONDS, metavar="SECONDS")
     parser.add_argument("--router-ip", action="append", metavar="IP", help="where probes come from (default: found)")
+    parser.add_argument("--listen", default="0.0.0.0:8089", metavar="IP:PORT", help="HTTPS, for a cluster's API server")
+    parser.add_argument("--kubeconfig", type=Path, metavar="FILE", help="how to reach a cluster from outside it")
+    parser.add_argument("--dns-name", action="append", default=[], help="what else the API server may call us")
     parser.add_argument("--pod", default=socket.gethostname(), metavar="NAME", help="this pod (default: the host name)")
     args = parser.parse_args(argv)
     names = mesh_names(args.control_namespace, args.trust_domain)
     host, _, port = args.admin.rpartition(":")
-    platform = Path(args.platform.removeprefix("unix:"))
+    listen_host, _, listen_port = args.listen.rpartition(":")
+    platform = None if args.platform == "kubernetes" else Path(args.platform.removeprefix("unix:"))
     if isinstance(names, BadName):
         parser.error(str(names))
-    if not port.isdecimal():
-        parser.error(f"--admin {args.admin}: wanted IP:PORT")
+    for flag, text, number in (("--admin", args.admin, port), ("--listen", args.listen, listen_port)):
+        if not number.isdecimal():
+            parser.error(f"{flag} {text}: wanted IP:PORT")
     if args.scrape_interval <= 0:
         parser.error("--scrape-interval must be above 0")
     return Options(
         admin_host=host.strip("[]"),
         admin_port=int(port),
         platform=platform,
-        api=args.api or platform.with_name("viz.sock"),
+        api=args.api or (platform or Path("viz.sock")).with_name("viz.sock"),
         names=names,
         interval=args.scrape_interval,
-        router=tuple(args.router_ip or router_addresses()),
+        router=tuple(args.router_ip or router_addresses(name_server=platform is not None)),
         pod=args.pod,
+        aggregated=(listen_host.strip("[]"), int(listen_port)),
+        kubeconfig=args.kubeconfig,
+        cluster_domain=args.cluster_domain,
+        dns_names=tuple(args.dns_name),
     )
 
 
-async def run(options: Options, platform: Platform) -> None:
-    """Everything viz is, until a signal."""
+async def run(options: Options, platform: Platform, serve: Serve) -> None:
+    """Everything viz is, until a signal. `serve` is how the platform's users reach the API."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -113,28 +162,30 @@ async def run(options: Options, platform: Platform) -> None:
             control_namespace=options.names.control_namespace,
             interval=options.interval,
         )
-        api = Api(world, scraper, proxies, scraper)
+        services = f"mantle-destination.{options.names.control_namespace}.svc.{options.cluster_domain}"
+        discovery = Discovery(f"{services}:8086", f"{services}:8090", world.own or Key("", ""))
+        servers.push_async_callback(discovery.close)
+        api = Api(world, scraper, proxies, scraper, PodViews(world, proxies, discovery, options.cluster_domain).views)
         registry = CollectorRegistry()
         registry.register(_Metrics(scraper, api))
-        await _serve_port(servers, admin(world, registry), options.admin_host, options.admin_port)
-        await _serve_socket(servers, api.application(), options.api)
-        log.info("listening on %s and %s:%d", options.api, options.admin_host, options.admin_port)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(world.follow(platform)), tasks.create_task(scraper.run())]
+            part = await serve(servers, tasks, api, registry)
+            running += part.tasks
+            await _serve_port(servers, admin(world, registry, part), options.admin_host, options.admin_port)
+            log.info("serving, with an admin port on %s:%d", options.admin_host, options.admin_port)
             await stop.wait()
             log.info("stopping")
             for task in running:
                 task.cancel()
 
 
-def admin(world: World, registry: CollectorRegistry) -> web.Application:
-    """`/live` at once, `/ready` when the platform has told us what there is, `/metrics` always."""
+def admin(world: World, registry: CollectorRegistry, part: Part) -> web.Application:
+    """`/live` at once, `/ready` when the platform has told us what there is and we can be asked, `/metrics` always."""
 
     async def ready(_: web.Request) -> web.Response:
-        known = world.is_known
-        return web.Response(
-            text="ok\n" if known else "the platform has not answered yet\n", status=200 if known else 503
-        )
+        missing = part.not_ready() if world.is_known else "the platform has not answered yet"
+        return web.Response(text=f"{missing or 'ok'}\n", status=503 if missing else 200)
 
     async def live(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -55,9 +55,12 @@ class Proxies:
 
     async def metrics(self, pod: Pod, port: int = ADMIN_PORT) -> str:
         """The text of `GET /metrics` on a pod's port. Raises `Unreachable`."""
+        return await self._text(pod, port, "/metrics")
+
+    async def _text(self, pod: Pod, port: int, path: str) -> str:
         if self._http is None:
             raise RuntimeError("Proxies is used outside `async with`")
-        url = f"http://{_host(pod.ip)}:{port}/metrics"
+        url = f"http://{_host(pod.ip)}:{port}{path}"
         try:
             async with self._http.get(url, headers={REQUIRE_ID: self._identity(pod)}) as answer:
                 if answer.status != 200:
@@ -70,6 +73,10 @@ class Proxies:
                 return body.decode("utf-8", "replace")
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unreachable(f"GET {url}: {_text(error)}") from error
+
+    async def certificate(self, pod: Pod) -> str:
+        """The certificate that a pod's proxy uses now, with its intermediates, PEM. Raises `Unreachable`."""
+        return await self._text(pod, ADMIN_PORT, "/identity")
 
     async def clients(self, pod: Pod) -> list[edges_pb2.Edge]:
         """The rows of a proxy's table of clients. Raises `Unreachable`."""

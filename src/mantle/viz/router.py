@@ -14,11 +14,16 @@ from pathlib import Path
 
 
 def router_addresses(
-    resolv_conf: Path = Path("/etc/resolv.conf"), routes: Path = Path("/proc/net/route")
+    resolv_conf: Path = Path("/etc/resolv.conf"),
+    routes: Path = Path("/proc/net/route"),
+    *,
+    name_server: bool = True,
 ) -> tuple[str, ...]:
-    """What this pod knows of its router, without duplicates. Files that cannot be read say nothing."""
+    """What this pod knows of its router, without duplicates. Files that cannot be read say nothing. `name_server`: it
+    is the router, too (on a cluster it is a service).
+    """
     found: dict[str, None] = {}
-    for path, parse in ((resolv_conf, name_servers), (routes, gateways)):
+    for path, parse in (*(((resolv_conf, name_servers),) if name_server else ()), (routes, gateways)):
         with contextlib.suppress(OSError):
             found.update(dict.fromkeys(parse(path.read_text())))
     return tuple(found)

@@ -19,7 +19,6 @@ from mantle.viz.source import LATENCY_BUCKET, RESPONSES, TCP_OPEN, TCP_READ, TCP
 KINDS = ("authority", *WORKLOADS, "namespace", "pod", "service")
 ALL = (*WORKLOADS, "pod", "service", "authority")
 """What `all` means, in the order to show it."""
-MIN_WINDOW_SECONDS = 15
 
 
 @dataclass(frozen=True, slots=True)
