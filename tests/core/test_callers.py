@@ -64,3 +64,11 @@ def test_the_servers_own_sidecar_asks_over_loopback_for_its_own_pod() -> None:
 def test_the_interop_switch_takes_an_anonymous_callers_word_but_not_a_named_ones() -> None:
     assert check_caller(WORLD, Presented("", False), WEB, OWN, True) == Caller("", WEB)
     assert isinstance(check_caller(WORLD, AS_WEB, EMOJI, OWN, True), CallerDenied)
+
+
+def test_viz_may_ask_for_every_workload_but_nobody_who_is_only_named_so() -> None:
+    viz = Presented(IDENTITY.format("mantle-viz", "mantle"), False)
+    assert check_caller(WORLD, viz, EMOJI, OWN, False) == Caller(viz.client_id, EMOJI)
+    elsewhere = Presented(IDENTITY.format("mantle-viz", "other"), False)
+    assert isinstance(check_caller(WORLD, elsewhere, EMOJI, OWN, False), CallerDenied)
+    assert isinstance(check_caller(WORLD, Presented("", False), EMOJI, OWN, False), CallerDenied)

@@ -14,7 +14,6 @@ from mantle.core.names import BadName
 from mantle.core.reasons import CallerRefused
 from mantle.core.world import World
 
-
 DIAGNOSING = "mantle-viz"
 """The service account of the control plane that may ask for every workload: it shows people what proxies are told."""
 

@@ -205,6 +205,11 @@ def _groups() -> dict[str, Any]:
 
 
 def _resources() -> dict[str, Any]:
+    # Without the resources themselves kubectl does not know what their subresource is of; they have no verb.
+    parents = [
+        {"name": plural, "singularName": "", "namespaced": True, "kind": "Tap", "verbs": []}
+        for plural in sorted(views.KIND_OF_PLURAL)
+    ]
     taps = [
         {"name": f"{plural}/tap", "singularName": "", "namespaced": True, "kind": "Tap", "verbs": ["watch"]}
         for plural in sorted(views.KIND_OF_PLURAL)
@@ -217,5 +222,5 @@ def _resources() -> dict[str, Any]:
         "kind": "APIResourceList",
         "apiVersion": "v1",
         "groupVersion": f"{views.GROUP}/{views.VERSION}",
-        "resources": [*lists, *taps],
+        "resources": [*lists, *parents, *taps],
     }

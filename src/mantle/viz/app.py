@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs viz until SIGTERM or SIGINT. Exit code 2 for a bad command line."""
     options = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of each request
     asyncio.run(_main(options))
 
 
@@ -104,9 +105,7 @@ async def _serve_on_machine(
 def parse(argv: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="viz", description="Scrapes proxies; serves stat, edges and tap.")
     parser.add_argument("--admin", default="0.0.0.0:9995", metavar="IP:PORT", help="/ready, /live and /metrics")
-    parser.add_argument(
-        "--platform", required=True, metavar="unix:/PATH", help="or `kubernetes`"
-    )
+    parser.add_argument("--platform", required=True, metavar="unix:/PATH", help="or `kubernetes`")
     parser.add_argument(
         "--api", type=Path, metavar="PATH", help="the API's socket (default: viz.sock beside --platform)"
     )
