@@ -34,7 +34,7 @@ class Follower:
 
     async def until(self, true: Callable[[Snapshot], Any]) -> Snapshot:
         async with asyncio.timeout(20):
-            while not true(self.now):  # noqa: ASYNC110  # no event for it
+            while not true(self.now):
                 await asyncio.sleep(0.02)
         return self.now
 

@@ -66,7 +66,7 @@ class Play:
 
     async def until(self, true: Callable[[], bool], what: str) -> None:
         async with asyncio.timeout(20):
-            while not true():  # noqa: ASYNC110  # no event for it
+            while not true():
                 await asyncio.sleep(0.02)
         assert true(), what
 

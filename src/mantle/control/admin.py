@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from mantle.platform.port import ConnectedPlatform
+
+
+class PlatformCounts(Collector):
+    """What a platform counts of its own work, as metrics."""
+
+    def __init__(self, platform: ConnectedPlatform) -> None:
+        self._platform = platform
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, CounterMetricFamily] = {}
+        for count in self._platform.counts():
+            labels = [name for name, _ in count.labels]
+            family = families.setdefault(count.name, CounterMetricFamily(count.name, count.help, labels=labels))
+            family.add_metric([value for _, value in count.labels], count.value)
+        return families.values()
 
 
 @asynccontextmanager

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from mantle.control.admin import admin_server
+from mantle.control.admin import PlatformCounts, admin_server
 from mantle.control.program import address, duration, now, run, until_told
 from mantle.core.annotations import POLICIES
 from mantle.core.model import Key
 from mantle.core.names import BadName, MeshNames, mesh_names
 from mantle.core.world import DEFAULT_POLICY, EVERYWHERE, PRIVATE_NETWORKS, Mesh, Network, World
-from mantle.platform.remote import RemotePlatform
+from mantle.platform.connect import View, connected, where
 
 if TYPE_CHECKING:
     from mantle.control.identity import IssuerFiles
@@ -54,7 +54,9 @@ def identity_main(argv: Sequence[str]) -> int:
     from mantle.core.ca import CLOCK_SKEW, LEAF_LIFETIME
 
     flags = _common("identity", listen="0.0.0.0:8080", admin="0.0.0.0:9990")
-    flags.add_argument("--issuer", type=Path, required=True, help="directory with crt.pem and key.pem (P-256)")
+    flags.add_argument(
+        "--issuer", type=Path, required=True, help="directory with crt.pem and key.pem, or tls.crt and tls.key (P-256)"
+    )
     flags.add_argument("--trust-roots", type=Path, required=True, help="PEM bundle")
     flags.add_argument("--audience", type=_list, default=["identity.mantle.dev"], help="of tokens, comma-separated")
     flags.add_argument("--issuance-lifetime", type=duration, default=LEAF_LIFETIME, help="of a leaf: 24h, 10s …")
@@ -74,9 +76,13 @@ async def serve_identity(options: argparse.Namespace) -> None:
     from mantle.core.ratelimit import RateLimiter
 
     registry = CollectorRegistry()
-    issuer = identity.IssuerFiles(options.issuer / "crt.pem", options.issuer / "key.pem", options.trust_roots)
-    issuer.refresh()
-    async with RemotePlatform(options.platform) as platform, asyncio.TaskGroup() as tasks:
+    async with (
+        connected(options.platform, View.IDENTITY, "mantle-identity") as platform,
+        asyncio.TaskGroup() as tasks,
+    ):
+        deployment = Key(options.control_namespace, "mantle-identity")
+        issuer = identity.IssuerFiles(*_issuer_files(options.issuer), options.trust_roots, platform.tell, deployment)
+        issuer.refresh()
         certifier = identity.Certifier(
             names=options.names,
             platform=platform,
@@ -90,7 +96,10 @@ async def serve_identity(options: argparse.Namespace) -> None:
             now=now,
             ticks=asyncio.get_running_loop().time,
             entropy=secrets.token_bytes,
+            tell=platform.tell,
+            deployment=deployment,
         )
+        registry.register(PlatformCounts(platform))
 
         def not_ready() -> str:
             current = issuer.current
@@ -106,6 +115,13 @@ async def serve_identity(options: argparse.Namespace) -> None:
         ):
             await _until_told(options)
         watcher.cancel()
+
+
+def _issuer_files(directory: Path) -> tuple[Path, Path]:
+    """Certificate and key, under our names or those of a Secret of type kubernetes.io/tls (cert-manager's)."""
+    if (directory / "tls.crt").exists():
+        return directory / "tls.crt", directory / "tls.key"
+    return directory / "crt.pem", directory / "key.pem"
 
 
 async def _refresh(issuer: IssuerFiles) -> None:
@@ -150,11 +166,17 @@ async def serve_destination(options: argparse.Namespace) -> None:
     registry = CollectorRegistry()
     topics = Topics(World.empty(mesh))
     shared = answers.Answers(topics, answers.Metrics(registry, topics), options.own_pod, options.allow_anonymous)
-    async with RemotePlatform(options.platform) as platform, asyncio.TaskGroup() as tasks:
+    async with (
+        connected(options.platform, View.DISCOVERY, "mantle-destination") as platform,
+        asyncio.TaskGroup() as tasks,
+    ):
+        registry.register(PlatformCounts(platform))
         follower = tasks.create_task(topics.follow(platform.watch()))
 
         def not_ready() -> str:
-            return "" if topics.known.is_set() else f"no word from the platform on {options.platform}"
+            if topics.known.is_set():
+                return ""
+            return f"no word from the platform ({options.platform}): {platform.missing() or 'it is on its way'}"
 
         async with (
             grpc_server(options.listen, [destination.handler(shared)]),
@@ -212,7 +234,7 @@ def _common(program: str, listen: str, admin: str) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(f"mantle.control_plane {program}", allow_abbrev=False)
     flags.add_argument("--listen", type=address, default=address(listen), help="gRPC listener")
     flags.add_argument("--admin", type=address, default=address(admin), help="listener of /live /ready /metrics")
-    flags.add_argument("--platform", type=_socket, default=_socket(PLATFORM), help="where the platform is served")
+    flags.add_argument("--platform", type=where, default=where(PLATFORM), help="unix:/PATH, or kubernetes")
     flags.add_argument("--control-namespace", default="mantle")
     flags.add_argument("--trust-domain", default="cluster.local")
     # The host name of a pod is its name (https://kubernetes.io/docs/concepts/workloads/pods/pod-hostname/).
@@ -240,13 +262,6 @@ def _raise_file_limit() -> None:
     """One stream per connection meets the limit of open files first."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _socket(text: str) -> Path:
-    scheme, _, path = text.partition(":")
-    if scheme != "unix" or not path.startswith("/"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not unix:/PATH")
-    return Path(path)
 
 
 def _list(text: str) -> list[str]:

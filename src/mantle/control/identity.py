@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc.aio
 from google.protobuf.timestamp_pb2 import Timestamp
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from mantle.control.answers import Context, peer_address
 from mantle.core import ca
@@ -29,10 +29,13 @@ from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.ratelimit import Limited, RateLimiter
 from mantle.core.reasons import CertifyRefused
 from mantle.gen.io.linkerd.proxy import identity_pb2 as pb
-from mantle.platform.port import Platform, PlatformUnavailable, TokenClaims, TokenRejected
+from mantle.platform.port import Event, Platform, PlatformUnavailable, TokenClaims, TokenRejected
 
 log = logging.getLogger(__name__)
 
+SERVICE = "io.linkerd.proxy.identity.Identity"
+DEPLOYMENT = Key("mantle", "mantle-identity")
+"""Whom events about the issuer are about."""
 MAX_IN_FLIGHT = 64
 """Certify calls at once; one more waits for none of them, it is refused and retried by the proxy (with jitter)."""
 MAX_TOKEN = 16 * 1024
@@ -68,8 +71,16 @@ _STATUS = {
 class IssuerFiles:
     """The issuer as three files say it is; read again when one of them changed."""
 
-    def __init__(self, certificate: Path, key: Path, roots: Path) -> None:
+    def __init__(
+        self,
+        certificate: Path,
+        key: Path,
+        roots: Path,
+        tell: Callable[[Event], None] = lambda _: None,
+        deployment: Key = DEPLOYMENT,
+    ) -> None:
         self._paths = (certificate, key, roots)
+        self._tell, self._deployment = tell, deployment
         self._seen: tuple[tuple[int, int], ...] | None = None
         self.current: ca.Issuer | Refusal = Refusal(
             CertifyRefused.ISSUER_NOT_READY,
@@ -96,12 +107,24 @@ class IssuerFiles:
             )
         if isinstance(loaded, Refusal) and isinstance(self.current, ca.Issuer):
             log.error("IssuerUpdateSkipped: keeping the issuer there is: %s", loaded)
+            skipped = f"skipping the issuer's update, the one before is used on: {loaded}"
+            self._tell(about_deployment(self._deployment, "IssuerUpdateSkipped", skipped, warning=True))
             return
-        self.current = loaded
+        first, self.current = not isinstance(self.current, ca.Issuer), loaded
         if isinstance(loaded, Refusal):
             log.error("the issuer cannot be used: %s", loaded)
-        else:
-            log.info("IssuerUpdated: issuing until %s", f"{loaded.not_after:%Y-%m-%dT%H:%M:%SZ}")
+            problem = f"the issuer cannot be used: {loaded}"
+            self._tell(about_deployment(self._deployment, "IssuerValidationFailed", problem, warning=True))
+            return
+        until = f"{loaded.not_after:%Y-%m-%dT%H:%M:%SZ}"
+        log.info("%s: issuing until %s", "the issuer is loaded" if first else "IssuerUpdated", until)
+        if not first:
+            updated = f"updated the identity issuer: issuing until {until}"
+            self._tell(about_deployment(self._deployment, "IssuerUpdated", updated))
+
+
+def about_deployment(deployment: Key, reason: str, message: str, warning: bool = False) -> Event:
+    return Event("Deployment", deployment.namespace, deployment.name, reason, message, warning)
 
 
 class Metrics:
@@ -114,6 +137,15 @@ class Metrics:
             ["result", "token_reason"],
             registry=registry,
         )
+        call = {"grpc_service": SERVICE, "grpc_method": "Certify", "grpc_type": "unary"}
+        self.started = Counter("grpc_server_started", "Calls begun.", list(call), registry=registry).labels(**call)
+        self.handled = Counter(
+            "grpc_server_handled", "Calls ended, by status.", [*call, "grpc_code"], registry=registry
+        )
+        self.seconds = Histogram(
+            "grpc_server_handling_seconds", "How long calls took.", list(call), registry=registry
+        ).labels(**call)
+        self._call = call
         self.in_flight = Gauge("mantle_identity_certify_in_flight", "Certify calls at work.", registry=registry)
 
         def ttl() -> float:
@@ -123,6 +155,11 @@ class Metrics:
         Gauge("issuer_cert_ttl_seconds", "Seconds until the issuer's chain expires.", registry=registry).set_function(
             ttl
         )
+
+    def ended(self, code: str, seconds: float) -> None:
+        """A call is over; `code` as gRPC spells it (`OK`, `FailedPrecondition`)."""
+        self.handled.labels(**self._call, grpc_code=code).inc()
+        self.seconds.observe(seconds)
 
 
 @dataclass(slots=True)
@@ -141,6 +178,9 @@ class Certifier:
     now: Callable[[], datetime]
     ticks: Callable[[], float]
     entropy: Callable[[int], bytes]
+    tell: Callable[[Event], None] = lambda _: None
+    """Takes events for the objects they are about."""
+    deployment: Key = DEPLOYMENT
     in_flight: int = 0
 
     async def certify(self, request: pb.CertifyRequest, address: str, loopback: bool) -> ca.Leaf | Refusal:
@@ -169,6 +209,8 @@ class Certifier:
         issuer = self.issuer.current
         valid = issuer if isinstance(issuer, Refusal) else ca.check_issuer(issuer, self.now())
         if isinstance(valid, Refusal):
+            problem = f"{valid} - CSR identity: {request.identity[:253]}"
+            self.tell(about_deployment(self.deployment, "IssuerValidationFailed", problem, warning=True))
             return valid
         claims = await self._review(request.token)
         if isinstance(claims, Refusal):
@@ -184,7 +226,13 @@ class Certifier:
         wanted = ca.template(
             valid, csr, workload, self.names, self.now(), self.entropy(ca.SERIAL_BYTES), self.lifetime, self.skew
         )
-        return _unnameable(wanted) if isinstance(wanted, BadName) else ca.sign(valid, wanted)
+        leaf = _unnameable(wanted) if isinstance(wanted, BadName) else ca.sign(valid, wanted)
+        if isinstance(leaf, ca.Leaf):
+            until = f"{leaf.not_after:%Y-%m-%dT%H:%M:%SZ}"
+            message = f"issued certificate for {request.identity} until {until}: {leaf.sha256}"
+            account = workload.namespace, workload.service_account
+            self.tell(Event("ServiceAccount", *account, "IssuedLeafCertificate", message))
+        return leaf
 
     async def _review(self, token: bytes) -> TokenClaims | Refusal:
         audiences = " or ".join(self.audiences)
@@ -251,7 +299,11 @@ def handler(certifier: Certifier) -> grpc.GenericRpcHandler[Any, Any]:
         vouched = next((str(value) for name, value in metadata if name == CLIENT_ADDRESS), "")
         address = vouched or peer_address(context)
         loopback = not vouched and address in ("127.0.0.1", "::1")
+        certifier.metrics.started.inc()
+        began = certifier.ticks()
         answer = await certifier.certify(request, address, loopback)
+        code = _STATUS[answer.reason].name if isinstance(answer, Refusal) else "OK"
+        certifier.metrics.ended(_as_grpc_spells_it(code), certifier.ticks() - began)
         if isinstance(answer, Refusal):
             certifier.metrics.certify.labels(answer.reason, answer.detail).inc()
             # A flood is counted; a line for each would be a second flood.
@@ -269,9 +321,14 @@ def handler(certifier: Certifier) -> grpc.GenericRpcHandler[Any, Any]:
         ).SerializeToString()
 
     return grpc.method_handlers_generic_handler(
-        "io.linkerd.proxy.identity.Identity",
+        SERVICE,
         {"Certify": grpc.unary_unary_rpc_method_handler(certify, pb.CertifyRequest.FromString, None)},
     )
+
+
+def _as_grpc_spells_it(code: str) -> str:
+    """`FAILED_PRECONDITION` → `FailedPrecondition`, which is what dashboards ask for."""
+    return code if code == "OK" else code.title().replace("_", "")
 
 
 def check_fields(request: pb.CertifyRequest) -> Refusal | None:

@@ -6,7 +6,7 @@ Implemented by `platform.remote` (the `mantle.v1.Platform` client that control-p
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +59,16 @@ class Event:
     warning: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How often something happened. `name` is the metric's, without `_total`."""
+
+    name: str
+    help: str
+    labels: tuple[tuple[str, str], ...]
+    value: int
+
+
 class Platform(Protocol):
     """The world as the mesh sees it."""
 
@@ -68,4 +78,20 @@ class Platform(Protocol):
 
     async def review_token(self, token: bytes, audiences: Sequence[str]) -> TokenClaims | TokenRejected:
         """Checks signature, audience, expiry and that the bound pod still exists (Kubernetes TokenReview)."""
+        ...
+
+
+class ConnectedPlatform(Platform, Protocol):
+    """What a control-plane program holds: the world, and a way to speak into it."""
+
+    def tell(self, event: Event) -> None:
+        """Says something about an object where people look at it. Never waits, never fails; may drop it."""
+        ...
+
+    def missing(self) -> str:
+        """What is not known yet and why, for `/ready`; empty once `watch` has something to say."""
+        ...
+
+    def counts(self) -> Iterable[Count]:
+        """What is counted of the platform's own work, for `/metrics`."""
         ...

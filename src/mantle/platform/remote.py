@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import grpc.aio
 
 from mantle.core.model import Snapshot
 from mantle.gen.mantle.v1 import platform_pb2 as pb
-from mantle.platform.port import PlatformUnavailable, TokenClaims, TokenRejected
+from mantle.platform.port import Count, Event, PlatformUnavailable, TokenClaims, TokenRejected
 from mantle.platform.wire import Mirror, review_from_proto
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class RemotePlatform:
     """A connection to the platform's socket. Close it with `async with` or `close`."""
 
     def __init__(self, socket: Path) -> None:
+        self._spoke = False
         self._channel = grpc.aio.insecure_channel(
             f"unix:{socket}",
             options=[
@@ -92,6 +93,21 @@ class RemotePlatform:
         """Asks the platform about a token. Raises `PlatformUnavailable` if it does not answer."""
         return review_from_proto(await self._reviews.ask(pb.ReviewTokenRequest(token=token, audiences=audiences)))
 
+    def tell(self, event: Event) -> None:
+        """One machine keeps no events: they are lines of the log."""
+        log.log(
+            logging.WARNING if event.warning else logging.INFO,
+            "%s: %s/%s/%s: %s", event.reason, event.kind, event.namespace, event.name, event.message,
+        )  # fmt: skip
+
+    def missing(self) -> str:
+        """Nothing but the daemon itself."""
+        return "" if self._spoke else "no word from the machine's daemon"
+
+    def counts(self) -> Iterable[Count]:
+        """The daemon counts for itself."""
+        return ()
+
     async def _follow(self, mirror: Mirror, news: asyncio.Event) -> None:
         """Keeps the mirror true to the platform, for ever."""
         complaint = ""
@@ -102,6 +118,7 @@ class RemotePlatform:
                         log.info("the platform answers again")
                         complaint = ""
                     mirror.apply(change)
+                    self._spoke = True
                     news.set()
                 problem = "it ended the watch"
             except grpc.aio.AioRpcError as error:

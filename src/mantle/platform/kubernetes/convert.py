@@ -27,17 +27,15 @@ from mantle.core.model import (
     SliceEndpoint,
     SlicePort,
 )
+from mantle.core.policy import GRPC_HEALTH
 
 PROXY_CONTAINER = "mantle-proxy"
 SERVICE_NAME = "kubernetes.io/service-name"
 """The label of a slice that says whose it is."""
 OUR_ANNOTATIONS = ("mantle.dev/", "config.mantle.dev/", "viz.mantle.dev/")
 """Prefixes of the annotations that anything here decides by. The others are not kept: some are larger than the pod."""
-GRPC_HEALTH = "/grpc.health.v1.Health/Check"
-"""What a grpc probe asks (https://github.com/grpc/grpc/blob/master/doc/health-checking.md)."""
 BETWEEN = {"ReplicaSet": "apps", "Job": "batch"}
 """Kinds that stand between a workload and its pods, and their API group."""
-Int = int | None
 
 
 class Fields(msgspec.Struct, rename="camel"):

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from mantle.core.model import Snapshot
+from mantle.core.model import Key, Snapshot
 from mantle.platform.kubernetes import convert
 from mantle.platform.kubernetes.assemble import Assembly
 from mantle.platform.kubernetes.client import Client
+from mantle.platform.kubernetes.events import EventWriter
 from mantle.platform.kubernetes.reflector import STEADY, Reflector, Resource, Timing
 from mantle.platform.kubernetes.tokens import TokenReviewer
-from mantle.platform.port import TokenClaims, TokenRejected
+from mantle.platform.port import Count, Event, TokenClaims, TokenRejected
 
 
 class Kind(enum.Enum):
@@ -42,9 +43,12 @@ IDENTITY = frozenset({Kind.PODS, Kind.SERVICE_ACCOUNTS})
 class KubernetesPlatform:
     """Implements `platform.port.Platform`. Made by `running`."""
 
-    def __init__(self, client: Client, kinds: frozenset[Kind], timing: Timing = STEADY) -> None:
+    def __init__(
+        self, client: Client, kinds: frozenset[Kind], timing: Timing = STEADY, component: str = "mantle"
+    ) -> None:
         self._assembly = Assembly(with_slices=Kind.ENDPOINT_SLICES in kinds)
         self._news = asyncio.Event()
+        self.events = EventWriter(client, component, self._uid_of)
         self.reflectors: dict[Kind, Reflector[Any, Any, Any]] = {
             kind: Reflector(client.http, *self._wiring(kind), timing=timing) for kind in Kind if kind in kinds
         }
@@ -71,14 +75,39 @@ class KubernetesPlatform:
         """The cluster's word on a token. Raises `PlatformUnavailable` if there is none."""
         return await self.tokens.review(token, audiences)
 
-    def unsynced(self) -> str:
-        """Which kinds have not been listed yet, and why; empty once all have. For `/ready`."""
+    def tell(self, event: Event) -> None:
+        """An event of the cluster."""
+        self.events.tell(event)
+
+    def counts(self) -> Iterable[Count]:
+        """Reviews, events and lists."""
+        for (way, result), number in self.tokens.reviews.items():
+            labels = (("way", way), ("result", result))
+            yield Count("mantle_platform_token_reviews", "Tokens reviewed, by who answered and how.", labels, number)
+        for outcome, number in self.events.outcomes.items():
+            labels_of = (("outcome", outcome),)
+            yield Count("mantle_platform_events", "Events told, by what became of them.", labels_of, number)
+        for kind, reflector in self.reflectors.items():
+            name = (("kind", kind.value),)
+            yield Count("mantle_platform_lists", "Complete lists: one, and one after each loss.", name, reflector.lists)
+
+    def missing(self) -> str:
+        """Which kinds have not been listed yet, and why; empty once all have."""
         waiting = (
             f"{kind.value} ({reflector.trouble or 'being listed'})"
             for kind, reflector in self.reflectors.items()
             if not reflector.synced.is_set()
         )
         return ", ".join(waiting)
+
+    def _uid_of(self, event: Event) -> str:
+        """So that `kubectl describe` finds the event."""
+        key = Key(event.namespace, event.name)
+        if event.kind == "ServiceAccount":
+            return self._assembly.accounts.get(key, "")
+        if event.kind == "Pod" and key in self._assembly.seen:
+            return self._assembly.seen[key].pod.uid
+        return ""
 
     def _tell(self) -> None:
         self._news.set()
@@ -125,11 +154,14 @@ class KubernetesPlatform:
 
 
 @asynccontextmanager
-async def running(client: Client, kinds: frozenset[Kind], timing: Timing = STEADY) -> AsyncIterator[KubernetesPlatform]:
+async def running(
+    client: Client, kinds: frozenset[Kind], timing: Timing = STEADY, component: str = "mantle"
+) -> AsyncIterator[KubernetesPlatform]:
     """A platform that follows `kinds` until the block is left. The client stays the caller's."""
     async with asyncio.TaskGroup() as tasks:
-        platform = KubernetesPlatform(client, kinds, timing)
+        platform = KubernetesPlatform(client, kinds, timing, component)
         followers = [tasks.create_task(reflector.run()) for reflector in platform.reflectors.values()]
+        followers.append(tasks.create_task(platform.events.run()))
         if Kind.SERVICE_ACCOUNTS in kinds:
             followers.append(tasks.create_task(platform.tokens.keep_keys()))
         yield platform
