@@ -10,6 +10,7 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +22,7 @@ from mantle.cli.output import Failure, Problem, escape, json_text, write
 if TYPE_CHECKING:
     from mantle.cli.kube_client import KubeClient
     from mantle.core.trust import Fault
+    from mantle.manifests.config import InstallValues
 
 
 def _trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +35,10 @@ def _trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @value_options
 @_trust_options
 @click.option("--offline", is_flag=True, help="Ask no cluster: print a fresh trust root, or the one that is given.")
-def command(flags: Globals, files: Sequence[str], sets: Sequence[str], offline: bool, **named: Any) -> None:
+@click.option("--helm-chart", metavar="DIRECTORY", help="Write a Helm chart with these values instead of printing.")
+def command(
+    flags: Globals, files: Sequence[str], sets: Sequence[str], offline: bool, helm_chart: str | None, **named: Any
+) -> None:
     """Print the control plane: `mantle install | kubectl apply -f -`.
 
     With a cluster (the kubeconfig's, or --context) its trust root is kept, and what stands in the way is said.
@@ -41,6 +46,9 @@ def command(flags: Globals, files: Sequence[str], sets: Sequence[str], offline: 
     output = flags.output_of("yaml", "json")
     given = given_values({}, files, sets, named, flags.namespace)
     values = checked_values(given)
+    if helm_chart is not None:
+        write_chart(Path(helm_chart), values)
+        return
     contents = read_trust_files([named[flag.removeprefix("--").replace("-", "_")] for flag, _ in TRUST_FILES])
     client = None if offline else cluster_client(flags)
 
@@ -66,6 +74,30 @@ def command(flags: Globals, files: Sequence[str], sets: Sequence[str], offline: 
         )
     say(notes)
     print_objects(install_objects(values, trust.material, given), output)
+
+
+def write_chart(directory: Path, values: InstallValues) -> None:
+    """Writes the chart; a directory that holds something else is left alone."""
+    from mantle.manifests.helm import chart
+
+    fix = "name a directory that is empty, or holds a chart of Mantle, or does not exist yet"
+    try:
+        there = list(directory.iterdir()) if directory.exists() else []
+        ours = (directory / "Chart.yaml").exists() and "name: mantle\n" in (directory / "Chart.yaml").read_text()
+        if there and not ours:
+            raise Failure(f"{directory} holds other files ({there[0].name})", fix)
+        for name, text in chart(values).items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Failure(f"cannot write the chart to {directory}: {error.strerror}", fix) from error
+    sys.stderr.write(f"wrote a chart to {escape(str(directory))}; {CHART_HINT}\n")
+
+
+CHART_HINT = (
+    "install it with --set-file identity.trustAnchorsPEM=ca.crt,identity.issuer.crtPEM=issuer.crt,"
+    "identity.issuer.keyPEM=issuer.key"
+)
 
 
 def cluster_client(flags: Globals) -> KubeClient | None:
