@@ -3,8 +3,8 @@
     python scripts/docs.py            (`make gen`) rewrites the regions
     python scripts/docs.py --check    (`make lint`) says which pages would change, and changes nothing
 
-A region stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is `annotations`, `commands`,
-`reasons` or `help COMMAND`.
+A region stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is one of `TABLES` or
+`help COMMAND`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,40 @@ def commands() -> str:
     return "| command | what it does |\n|---|---|\n" + "\n".join(rows)
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"annotations": annotations, "commands": commands, "reasons": reasons}
+def values() -> str:
+    """The values of `mantle install`, from `manifests/config.py`."""
+    from mantle.manifests.config import VALUES, InstallValues
+
+    rows = []
+    for value in VALUES:
+        default = getattr(InstallValues(), value.field)
+        spelled = ", ".join(default) if isinstance(default, tuple) else _default(default)
+        if value.path == "version":
+            spelled = "this version"
+        rows.append(f"| `{value.path}` | {_cell(value.help)} | {_cell(value.accepted)} | {spelled} |")
+    return "| value | what it does | accepted | default |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
+def _default(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def proxy_values() -> str:
+    """Each `proxy.NAME` with its annotation."""
+    from mantle.core.annotations import PREFIX
+    from mantle.manifests.config import PROXY
+
+    rows = [f"| `{path}` | `{PREFIX}{setting.name}` |" for path, setting in PROXY.items()]
+    return "| value | annotation |\n|---|---|\n" + "\n".join(rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "annotations": annotations,
+    "commands": commands,
+    "proxy values": proxy_values,
+    "reasons": reasons,
+    "values": values,
+}
 
 
 def _generate(match: re.Match[str]) -> str:
