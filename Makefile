@@ -2,13 +2,16 @@
 PROFILE ?= release
 FOR ?=
 
-.PHONY: images demo test install lint fmt gen bench wheels lock
+.PHONY: demo test e2e images install lint fmt gen bench wheels lock
 
 demo: install
 	@.venv/bin/mantle demo $(if $(FOR),--for $(FOR))
 
 test: install
 	@.venv/bin/python scripts/test.py
+
+e2e: install
+	@.venv/bin/python scripts/e2e.py
 
 install:
 	@scripts/install.sh $(PROFILE)

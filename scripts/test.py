@@ -80,27 +80,23 @@ def rust() -> Step:
     return Step("rust", passed, failed or int(code != 0), ignored, seconds)
 
 
-def python(arguments: Sequence[str]) -> Step:
+def python(arguments: Sequence[str], name: str = "python") -> Step:
+    """Runs pytest; `arguments` say what, `name` is the step's in the summary."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "junit.xml"
-        workers = ["-n", WORKERS, "--dist", "worksteal"]
-        command = [
-            ".venv/bin/pytest",
-            "-q",
-            "--ignore=tests/e2e",
-            "--ignore=tests/cluster",
-            *workers,
-            f"--junit-xml={report}",
-            "--durations=8",
-            *arguments,
-        ]
-        code, _, seconds = run("python", command)
+        command = [".venv/bin/pytest", "-q", f"--junit-xml={report}", "--durations=8", *arguments]
+        code, _, seconds = run(name, command)
         suites = list(ElementTree.parse(report).getroot()) if report.exists() else []
     total, failures, errors, skipped = (
         sum(int(suite.get(key, "0")) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
     )
     failed = failures + errors
-    return Step("python", total - failed - skipped, failed or int(code != 0), skipped, seconds)
+    return Step(name, total - failed - skipped, failed or int(code != 0), skipped, seconds)
+
+
+def without_cluster(arguments: Sequence[str]) -> Step:
+    workers = ["-n", WORKERS, "--dist", "worksteal"]
+    return python(["--ignore=tests/e2e", "--ignore=tests/cluster", *workers, *arguments])
 
 
 def main() -> None:
@@ -113,7 +109,11 @@ def main() -> None:
     if "CARGO_TARGET_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         os.environ["CARGO_TARGET_DIR"] = f"{cache}/mantle/target"
-    steps = [lint(), rust(), python(sys.argv[1:])]
+    summary([lint(), rust(), without_cluster(sys.argv[1:])])
+
+
+def summary(steps: Sequence[Step]) -> None:
+    """The table, the line for machines, and the end of the program."""
     print("\n== summary")
     for step in steps:
         counts = f"{step.passed:5} passed {step.failed:4} failed {step.skipped:4} skipped"

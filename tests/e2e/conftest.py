@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from e2e.stage import COMPONENTS, TOOL, Cluster, environment, keep, load_images, until
+from e2e.stage import COMPONENTS, TOOL, Cluster, environment, keep, load_images, meshed
 
 
 @pytest.fixture(scope="session")
@@ -43,18 +43,3 @@ def emojivoto(cluster: Cluster) -> Cluster:
     cluster.rolled_out("emojivoto")
     meshed(cluster, "emojivoto")
     return cluster
-
-
-def meshed(cluster: Cluster, namespace: str) -> None:
-    """Every pod that is there to stay has a proxy."""
-
-    def all_meshed() -> bool:
-        pods = cluster.pods(namespace)
-        with_proxy = [
-            pod
-            for pod in pods
-            if any(c["name"] == "mantle-proxy" for c in [*pod["spec"]["containers"], *pod["spec"]["initContainers"]])
-        ]
-        return bool(pods) and len(with_proxy) == len(pods)
-
-    until(all_meshed, f"every pod of {namespace} has a proxy")

@@ -105,6 +105,21 @@ def until(look: Callable[[], T], what: str, seconds: float = 60) -> T:
         time.sleep(0.2)
 
 
+def meshed(cluster: Cluster, namespace: str) -> None:
+    """Every pod that is there to stay has a proxy."""
+
+    def all_meshed() -> bool:
+        pods = cluster.pods(namespace)
+        with_proxy = [
+            pod
+            for pod in pods
+            if any(c["name"] == "mantle-proxy" for c in [*pod["spec"]["containers"], *pod["spec"]["initContainers"]])
+        ]
+        return bool(pods) and len(with_proxy) == len(pods)
+
+    until(all_meshed, f"every pod of {namespace} has a proxy")
+
+
 def environment() -> dict[str, str]:
     """The environment that `cluster env` describes, and ours without proxies of the network."""
     shell = subprocess.run(
