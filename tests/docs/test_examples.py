@@ -75,7 +75,36 @@ def check(command: str, expected: str, directory: Path, env: dict[str, str]) -> 
         else re.escape(line.rstrip()).replace(r"\.\.\.", r"[^\n]*") + r"\s*?\n"
         for line in expected.strip().splitlines()
     )
-    assert re.fullmatch(pattern, got.strip() + "\n"), f"$ {command}\n--- the page says\n{expected}--- it printed\n{got}"
+    got = f"{got.strip()}\n" if got.strip() else ""
+    assert re.fullmatch(pattern, got), f"$ {command}\n--- the page says\n{expected}--- it printed\n{got}"
+
+
+ELSEWHERE = {"observe.md", "check.md"}
+"""Pages whose commands are run by tests/cli/test_docs.py, with the values of the page."""
+FROM_A_CHECKOUT = {"README.md"}
+"""What it shows of `make demo` is compared with the demo by tests/machine/test_demo.py."""
+COMMANDS = "demo up down ps logs exec port-forward inject tap edges stat check identity version completion"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_page_shows_a_command_that_nobody_runs(page: Path):
+    for language, _, body in re.findall(r"(?ms)^```(\w*)([^\n]*)\n(.*?)^```$", page.read_text()):
+        if re.search(r"(?m)^\$ ", body) and language != "console":
+            assert page.name in ELSEWHERE | FROM_A_CHECKOUT, f"{page.name}: mark the block as console:\n{body}"
+
+
+def test_every_command_has_its_help_on_a_page():
+    pages = "".join(page.read_text() for page in PAGES)
+    assert [name for name in COMMANDS.split() if f"<!-- generated: help {name} -->" not in pages] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_what_make_is_said_to_do_it_can_do(page: str):
+    targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
+    shown = re.findall(r"(?ms)^```sh\n(.*?)^```$", (ROOT / page).read_text())
+    lines = [line for block in shown for line in block.splitlines() if line.startswith("make ")]
+    words = {word for line in lines for word in line.partition("#")[0].split()[1:] if "=" not in word}
+    assert lines and words <= targets
 
 
 def test_every_page_is_linked_from_the_readme():

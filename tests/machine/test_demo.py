@@ -66,6 +66,19 @@ def check(said: str) -> None:
         assert {found[1:] for found in seen if found[0] == side} >= REQUESTS
 
 
+def like_the_readme(said: str) -> None:
+    """Every line of standard output that the README shows is there, but for numbers, widths, and what is chance."""
+    (shown,) = re.findall(r"(?ms)^```text\n\$ make demo\n(.*?)^```$", (ROOT / "README.md").read_text())
+    _, _, shown = shown.partition("encrypted traffic on every edge after")
+    lines = [" ".join(line.split()) for line in ("encrypted traffic on every edge after" + shown).splitlines() if line]
+    there = [" ".join(line.split()) for line in said.splitlines()]
+    for line in lines:
+        if line.startswith(("mantle-viz", "probe", "requests as they happen")):
+            continue
+        pattern = re.compile(re.sub(r"\d+", r"\\d+", re.escape(line)))
+        assert any(pattern.fullmatch(found) for found in there), f"the README shows, and the demo does not:\n{line}"
+
+
 def nothing_left() -> None:
     running = [
         p.joinpath("cmdline") for p in Path("/proc").iterdir() if p.name.isdigit() and int(p.name) != os.getpid()
@@ -77,7 +90,9 @@ def nothing_left() -> None:
 
 def test_the_demo_proves_encryption_and_leaves_nothing(host: Any, mantle_proxy: Path) -> None:
     async def scene() -> None:
-        check(await demo([sys.executable, "-m", "mantle"]))
+        said = await demo([sys.executable, "-m", "mantle"])
+        check(said)
+        like_the_readme(said)
         nothing_left()
 
     host.play(scene, seconds=180, prepare=lambda: os.environ.update(MANTLE_PROXY_PATH=str(mantle_proxy)))
