@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mantle.cli.installing import TRUST_FILES, checked_values, given_values, read_trust_files, value_options
+from mantle.cli.installing import TRUST_FILES, read_all, read_trust_files, value_options
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Failure, Problem, escape, json_text, write
 
@@ -44,8 +44,7 @@ def command(
     With a cluster (the kubeconfig's, or --context) its trust root is kept, and what stands in the way is said.
     """
     output = flags.output_of("yaml", "json")
-    given = given_values({}, files, sets, named, flags.namespace)
-    values = checked_values(given)
+    given, values = read_all({}, files, sets, named, flags.namespace)
     if helm_chart is not None:
         write_chart(Path(helm_chart), values)
         return

@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mantle.cli.output import Failure, Problem
+
+if TYPE_CHECKING:
+    from mantle.manifests.config import InstallValues
 
 TRUST_FILES = (
     ("--identity-trust-anchors-file", "The trust roots to install with (PEM)."),
@@ -59,33 +62,38 @@ FLAGS: Mapping[str, str] = {
 """Flags (parameter names) that are values, with their path."""
 
 
-def given_values(
+def read_all(
     stored: Mapping[str, Any],
     files: Sequence[str],
     sets: Sequence[str],
     flags: Mapping[str, Any],
     namespace: str | None,
-) -> dict[str, Any]:
-    """Everything that was given, as one nested mapping. Raises `Failure` for what cannot be read at all."""
-    from mantle.manifests.config import merge, put
+) -> tuple[dict[str, Any], InstallValues]:
+    """Everything that was given, as one nested mapping, and the values it makes.
+
+    Raises `Failure` with every mistake: files that cannot be read and values that are not accepted alike.
+    """
+    from mantle.manifests.config import BadValues, load, merge, put
 
     problems: list[Problem] = []
-    result = dict(stored)
+    given = merge({}, stored)
     for name in files:
-        content = read_values(name, problems)
-        result = merge(result, content)
+        given = merge(given, read_values(name, problems))
     for text in sets:
         for path, value in parse_set(text, problems):
-            result = merge(result, {})  # sections of files are not changed in place
-            put(result, path, value)
+            put(given, path, value)
     for parameter, path in FLAGS.items():
         if flags.get(parameter) not in (None, False):
-            put(result, path, flags[parameter])
+            put(given, path, flags[parameter])
     if namespace is not None:
-        put(result, "controlNamespace", namespace)
+        put(given, "controlNamespace", namespace)
+    try:
+        values = load(given)
+    except BadValues as bad:
+        problems += [Problem(f"value {f.path}: found {f.found}", f"use {f.accepted}") for f in bad.faults]
     if problems:
         raise Failure.of(problems)
-    return result
+    return given, values
 
 
 def read_values(name: str, problems: list[Problem]) -> dict[str, Any]:
@@ -132,18 +140,6 @@ def _set_value(text: str) -> Any:
     if plain.startswith("{") and plain.endswith("}"):
         return [item.strip() for item in plain[1:-1].split(",") if item.strip()]
     return plain
-
-
-def checked_values(given: Mapping[str, Any]) -> Any:
-    """The `InstallValues` of a nested mapping; a `Failure` with every mistake, each with what is accepted."""
-    from mantle.manifests.config import BadValues, load
-
-    try:
-        return load(given)
-    except BadValues as bad:
-        raise Failure.of(
-            [Problem(f"value {fault.path}: found {fault.found}", f"use {fault.accepted}") for fault in bad.faults]
-        ) from bad
 
 
 def read_trust_files(names: Sequence[str | None]) -> list[bytes | None]:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mantle.cli.install import cluster_client, print_objects, refusal, say
-from mantle.cli.installing import checked_values, given_values, value_options
+from mantle.cli.installing import read_all, value_options
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Failure
 
@@ -42,8 +42,7 @@ def command(flags: Globals, files: Sequence[str], sets: Sequence[str], **named: 
             f"namespace {namespace} holds no mesh to upgrade: {missing} is not there",
             "`mantle install | kubectl apply -f -` installs one, and keeps the trust that is there",
         )
-    given = given_values(stored, files, sets, named, flags.namespace)
-    values = checked_values(given)
+    given, values = read_all(stored, files, sets, named, flags.namespace)
     if faults := list(obstacles(facts, values)):
         raise refusal(faults)
     trust = decide(values, Given(), facts.trust, datetime.now(UTC), secrets.token_bytes)

@@ -382,11 +382,11 @@ def put(mapping: dict[str, Any], path: str, raw: Any) -> None:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one; the second wins, section by section."""
-    result = dict(below)
+    """Two nested mappings as one that shares no section with them; the second wins, section by section."""
+    result = {key: merge({}, raw) if isinstance(raw, Mapping) else raw for key, raw in below.items()}
     for key, raw in above.items():
         mine = result.get(key)
-        result[key] = merge(mine, raw) if isinstance(mine, Mapping) and isinstance(raw, Mapping) else raw
+        result[key] = merge(mine if isinstance(mine, Mapping) else {}, raw) if isinstance(raw, Mapping) else raw
     return result
 
 
