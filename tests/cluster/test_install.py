@@ -4,11 +4,14 @@ what is obsolete goes, the CA survives, and nobody may read its key.
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 from click.testing import CliRunner, Result
 
 from mantle.cli.main import cli
+from mantle.core import ca as ca_core
+from mantle.core.names import MeshNames
 from mantle.manifests.inventory import KINDS, PRUNE
 from mantle.manifests.render import PART_OF
 
@@ -122,6 +125,31 @@ def test_uninstall_leaves_nothing_and_names_pods_that_are_still_meshed(bare: Api
     kinds = ",".join(kind.plural for kind in KINDS)
     assert bare.kubectl("get", kinds, "-A", "-l", f"mantle.dev/control-plane-ns={NS}", "-o", "name") == ""
     bare.kubectl("-n", app, "delete", "pod", "web-1", "--grace-period=0", "--force")
+
+
+def test_an_issuer_of_cert_managers_form_is_taken_with_its_roots_and_never_printed(bare: ApiServer):
+    names = MeshNames(NS, "cluster.local")
+    trust = ca_core.make_trust(names, datetime.now(UTC), (b"r" * 16, b"i" * 16))
+    data = {"tls.crt": trust.issuer_pem, "tls.key": trust.issuer_key_pem}
+    secret = {"apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls"}
+    secret["metadata"] = {"name": "mantle-identity-issuer", "namespace": NS}
+    secret["stringData"] = {key: value.decode() for key, value in data.items()}
+    bare.kubectl("create", "namespace", NS)
+    bare.kubectl("apply", "-f", "-", input=json.dumps(secret))
+    for flags, said in (((), "give --identity-external-issuer"), (("--identity-external-issuer",), "no key ca.crt")):
+        result = run(bare, "install", *flags)
+        assert result.exit_code == 1 and said in result.stderr and result.stdout == ""
+
+    secret["stringData"]["ca.crt"] = trust.roots_pem.decode()
+    bare.kubectl("apply", "-f", "-", input=json.dumps(secret))
+    install = printed(bare, "install", "--identity-external-issuer")
+    assert "PRIVATE KEY" not in install
+    bare.kubectl("apply", "-f", "-", input=install)
+    issuer, roots = ca(bare)
+    assert roots["ca-bundle.crt"] == trust.roots_pem.decode() and set(issuer) == {"tls.crt", "tls.key", "ca.crt"}
+    assert bare.kubectl("diff", "-f", "-", input=printed(bare, "install", "--identity-external-issuer")) == ""
+    bare.kubectl(*PLAIN_PRUNE, input=printed(bare, "upgrade"))
+    assert ca(bare) == (issuer, roots)
 
 
 # ---- again and again ----
