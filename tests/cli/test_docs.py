@@ -100,7 +100,12 @@ def tap_events() -> list[dict[str, Any]]:
 
     one = {"id": {"base": 0, "stream": 1}}
     request = one | {"method": "GET", "authority": "web-svc.emojivoto:80", "path": "/api/list"}
-    done = one | {"sinceResponseInit": {"nanos": 121_000}, "responseBytes": 4558, "grpcStatusCode": None}
+    done = one | {
+        "sinceRequestInit": {"nanos": 2_225_000},
+        "sinceResponseInit": {"nanos": 121_000},
+        "responseBytes": 4558,
+        "grpcStatusCode": None,
+    }
     return [
         flow("OUTBOUND", 33500) | {"requestInitEvent": request},
         flow("INBOUND", 45960) | {"requestInitEvent": request},
@@ -205,4 +210,4 @@ def test_an_example_prints_what_the_page_shows(
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9

@@ -210,6 +210,18 @@ def test_moved_proxy_ports_move_the_answer() -> None:
     assert isinstance(admin, Profile) and admin.endpoint is not None and admin.endpoint.opaque_transport is None
 
 
+def test_transparent_transport_leads_to_the_applications_own_port() -> None:
+    asked = {"config.mantle.dev/transport-mode": "transparent", "config.mantle.dev/opaque-ports": "3306"}
+    facts = pod("web-1", "10.0.0.1", annotations=asked)
+    usual = the_endpoint(SERVICE, pod("web-1", "10.0.0.1"))
+    endpoint = the_endpoint(SERVICE, facts)
+    assert (endpoint.tls, endpoint.address) == (usual.tls, usual.address)
+    assert (endpoint.opaque_transport, endpoint.hint) == (None, Hint.NONE)
+    opaque = profile(world(facts), AddressTarget("10.0.0.1", 3306))
+    assert isinstance(opaque, Profile) and opaque.endpoint is not None
+    assert (opaque.endpoint.opaque_transport, opaque.endpoint.hint) == (None, Hint.OPAQUE)
+
+
 def test_a_proxy_that_restarts_does_not_turn_its_clients_to_plaintext() -> None:
     running = pod("web-1", "10.0.0.1")
     first = World.empty(MESH).next(snapshot(1, SERVICE, running))

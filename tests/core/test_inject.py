@@ -288,7 +288,8 @@ DEBUG_IMAGE = {"debug-image", "debug-image-version", "debug-image-pull-policy"}
 
 
 def test_every_annotation_has_its_effect_written_down_here():
-    elsewhere = {"tls"}  # tests/core/test_optional_tls.py: the mesh must be installed for it
+    # tests/core/test_optional_tls.py: the mesh must be installed for it; test_endpoints.py: it concerns clients
+    elsewhere = {"tls", "transport-mode"}
     assert set(ANNOTATION_EFFECTS) | DEBUG_IMAGE | elsewhere == set(CONFIG)
 
 

@@ -326,3 +326,36 @@ def test_nothing_readable_is_on_the_wire_between_meshed_pods(start: Start) -> No
     assert between
     assert not [packet for packet in between if canary in packet]
     assert [packet for packet in between if b"\x17\x03\x03" in packet], "TLS 1.3 records"
+
+
+def test_transparent_transport_is_tls_on_the_applications_own_port(tmp_path: Path, mantle_proxy: Path) -> None:
+    """What the annotation is for: `tshark -d tcp.port==8080,ssl` in the debug container shows TLS on 8080."""
+    with Mesh(tmp_path, mantle_proxy) as mesh, contextlib.ExitStack() as apps:
+        client = mesh.pod("client")
+        web = mesh.pod("web", ports=[8080, 9000], annotations={"config.mantle.dev/transport-mode": "transparent"})
+        plain = mesh.pod("plain", meshed=False)
+        mesh.service("web", WEB, {80: 8080, 9000: 9000})
+        mesh.start()
+        apps.enter_context(http_server(web.listen(8080)))
+        apps.enter_context(serving(web.listen(9000), echo))
+        capture = mesh.router.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)))
+        with capture:
+            capture.setblocking(False)
+            status, body, _ = get(client)
+            assert (status, b"client.test.serviceaccount.identity.mantle" in body) == (200, True)
+            with client.connect(WEB, 9000) as io:
+                io.sendall(b"\x00canary")
+                assert io.recv(100) == b"\x00canary"
+            packets = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packets.append(capture.recv(65536))
+        to_web = [p for p in packets if p[26:34] == socket.inet_aton(client.ip) + socket.inet_aton(web.ip)]
+        ports = {int.from_bytes(packet[36:38], "big") for packet in to_web}
+        assert ports == {8080, 9000}, "and nothing to the proxy's inbound port"
+        for port in ports:
+            to_port = b"".join(p[54:] for p in to_web if int.from_bytes(p[36:38], "big") == port)
+            assert b"\x17\x03\x03" in to_port, "TLS application data"
+            assert b"canary" not in to_port and b"GET " not in to_port
+        assert web.metric("tcp_open_total", direction="inbound", tls="true") >= 2
+        assert get(plain, web.ip, 8080)[0] == 200  # who is not in the mesh still comes in plaintext

@@ -215,6 +215,13 @@ _SETTINGS = (
         f"{_PORTS}, or names of container ports",
         "ports without protocol detection, still mTLS",
     ),
+    Setting(
+        "transport-mode",
+        _choice("link", "transparent"),
+        "link or transparent",
+        "how meshed clients come: over links to the proxy's inbound port (the default), or by TLS straight to the "
+        "application's port",
+    ),
     Setting("proxy-cpu-request", _quantity, _QUANTITY, "CPU request of the proxy"),
     Setting("proxy-cpu-limit", _quantity, _QUANTITY, "CPU limit of the proxy"),
     Setting(

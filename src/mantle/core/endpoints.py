@@ -210,6 +210,9 @@ def pod_endpoint(world: World, facts: PodFacts, port: int, ip: str = "") -> Endp
     if port in (facts.control_port, facts.admin_port):
         # The proxy's own servers: they are asked on their own port, not through its inbound port.
         return Endpoint(address, identity, None, Hint.NONE, fixed)
+    if facts.transparent:
+        # TLS straight to the port, without framing of ours: HTTP/1 is not carried over HTTP/2 there.
+        return Endpoint(address, identity, None, Hint.OPAQUE if port in facts.opaque else Hint.NONE, fixed)
     hint = Hint.OPAQUE if port in facts.opaque else Hint.H2
     return Endpoint(address, identity, facts.inbound_port, hint, fixed)
 

@@ -74,6 +74,8 @@ class PodFacts:
     authenticated: Ports
     """Ports that take meshed clients only, whatever the policy says."""
     inbound_port: int
+    transparent: bool
+    """Meshed clients come to the application's own port, by TLS, and not to `inbound_port`."""
     control_port: int
     admin_port: int
     policy: str
@@ -139,6 +141,7 @@ def pod_facts(mesh: Mesh, pod: Pod, namespace: Namespace | None) -> PodFacts:
         opaque=_opaque(config, {port.name: port.port for port in pod.ports if port.name}),
         authenticated=Ports(port_ranges(config.get("proxy-require-identity-inbound-ports", ""))),
         inbound_port=config.get("inbound-port", INBOUND_PORT),
+        transparent=config.get("transport-mode") == "transparent",
         control_port=config.get("control-port", CONTROL_PORT),
         admin_port=config.get("admin-port", ADMIN_PORT),
         policy="deny" if policy_mistaken else config.get("default-inbound-policy", mesh.default_policy),
