@@ -1,12 +1,10 @@
 """Meshes of real proxies in real network namespaces, for tests: pods, services, a control plane, and sockets inside.
 
     with Mesh(tmp_path, proxy="…/mantle-proxy") as mesh:
-        client = mesh.pod("client")
-        web = mesh.pod("web", ports=[8080])
-        mesh.service("web", "10.203.128.1", {80: 8080})
+        client, web = mesh.pair({80: 8080})            # or pod by pod: mesh.pod(…), mesh.service(…)
         mesh.start()                                  # namespaces, redirect, control plane, proxies; all ready
         listener = web.listen(8080)                   # a socket inside the pod, for this process's own threads
-        io = client.connect("10.203.128.1", 80)       # goes through both proxies
+        io = client.connect(WEB, 80)                  # goes through both proxies
         web.spawn("redis-server", "--port", "6379")   # a process inside the pod
 
 Needs root. A namespace lives as long as its descriptor and its processes: `close` ends both, so nothing is left behind.
@@ -43,6 +41,9 @@ T = TypeVar("T")
 NEWNET = 0x40000000
 MARK = 0x6D
 ROUTER = "169.254.0.1"
+WEB = "10.203.128.1"
+"""The service address of `Mesh.pair`."""
+CLIENT_ID = "client.test.serviceaccount.identity.mantle.cluster.local"
 PLANE = Path(__file__).with_name("plane.py")
 SRC = Path(__file__).resolve().parents[2] / "src"
 
@@ -117,7 +118,7 @@ class Pod:
         self.mesh.processes.append(process)
         return process
 
-    def run(self, *argv: str, timeout: float = 20.0, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, *argv: str, timeout: float = 60.0, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs a process inside to its end; output as text."""
         options.setdefault("preexec_fn", self._enter)
         return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False, **options)
@@ -134,7 +135,7 @@ class Pod:
         """What the proxy's admin port answers on the pod's loopback."""
 
         def get() -> str:
-            connection = http.client.HTTPConnection("127.0.0.1", 4191, timeout=5)
+            connection = http.client.HTTPConnection("127.0.0.1", 4191, timeout=20)
             with contextlib.closing(connection):
                 connection.request("GET", path)
                 return connection.getresponse().read().decode()
@@ -200,6 +201,16 @@ class Mesh:
         self.pods[name] = pod
         return pod
 
+    def pair(
+        self, ports: dict[int, int], *, also: Sequence[int] = (), env: dict[str, str] | None = None, files: int = 0
+    ) -> tuple[Pod, Pod]:
+        """The usual two: `client`, and `web` behind the address `WEB` with these ports (service: pod). `also`: ports of
+        web without a service."""
+        client = self.pod("client", env=env)
+        web = self.pod("web", ports=[*dict.fromkeys(ports.values()), *also], env=env, files=files)
+        self.service("web", WEB, ports)
+        return client, web
+
     def service(
         self,
         name: str,
@@ -239,7 +250,7 @@ class Mesh:
             )
         self.processes.append(self.plane)
         assert self.plane.stdout
-        readable, _, _ = select.select([self.plane.stdout], [], [], 20.0)
+        readable, _, _ = select.select([self.plane.stdout], [], [], 60.0)
         line = self.plane.stdout.readline() if readable else b""
         assert line == b"ready\n", (self.folder / "plane.log").read_text()
 
@@ -312,7 +323,7 @@ def _ready(pod: Pod) -> bool:
     return False
 
 
-def wait_for(true: Callable[[], bool], what: str, *, seconds: float = 15.0, log: Callable[[], str] = str) -> None:
+def wait_for(true: Callable[[], bool], what: str, *, seconds: float = 60.0, log: Callable[[], str] = str) -> None:
     """Asks until `true`, or fails with what was waited for."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -361,11 +372,10 @@ def main() -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder, Mesh(Path(folder), sys.argv[1]) as mesh:
-        client, web = mesh.pod("client"), mesh.pod("web", ports=[8080])
-        address = mesh.service("web", "10.203.128.1", {80: 8080})
+        client, web = mesh.pair({80: 8080})
         mesh.start()
         web.spawn(sys.executable, "-m", "http.server", "8080", cwd=folder)
-        print(f"web is {web.ip}:8080 and {address}:80; logs in {folder}; metrics on 127.0.0.1:4191", flush=True)
+        print(f"web is {web.ip}:8080 and {WEB}:80; logs in {folder}; metrics on 127.0.0.1:4191", flush=True)
         client.spawn(*(sys.argv[2:] or ["bash"])).wait()
 
 

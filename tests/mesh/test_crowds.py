@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from .apps import http_client, http_server
-from .harness import Mesh, Pod, nobody_waits, wait_for
+from .harness import WEB, Mesh, Pod, nobody_waits, wait_for
 
 pytestmark = [pytest.mark.mesh, pytest.mark.root]
 
-WEB = "10.203.128.1"
 APPS = str(Path(__file__).with_name("apps.py"))
 HTTP = 8080
 SILENT, OTHER = 9100, 9101  # a port for each crowd: the last one's closed connections take up the kernel's ports
@@ -30,10 +29,9 @@ KIB_EACH = 8
 def mesh(tmp_path_factory: pytest.TempPathFactory, mantle_proxy: Path) -> Iterator[Mesh]:
     quiet = {"LOG": "warn"}
     with Mesh(tmp_path_factory.mktemp("mesh"), mantle_proxy) as mesh:
-        client, web = mesh.pod("client", env=quiet), mesh.pod("web", ports=[HTTP, SILENT, OTHER], env=quiet)
+        client, web = mesh.pair({80: HTTP, SILENT: SILENT}, also=[OTHER], env=quiet)
         mesh.pod("small", ports=[HTTP], files=1000, env=quiet)
         mesh.pod("plain", meshed=False)
-        mesh.service("web", WEB, {80: HTTP, SILENT: SILENT})
         mesh.start()
         for port in (SILENT, OTHER):
             talk(web.spawn(sys.executable, APPS, "hold", str(port), stdout=-1))

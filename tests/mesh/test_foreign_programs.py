@@ -8,37 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from .harness import Mesh, Pod
+from .harness import CLIENT_ID, WEB, Mesh, Pod
 
 pytestmark = [pytest.mark.mesh, pytest.mark.root]
 
-WEB = "10.203.128.1"
 REDIS, H2, TLS = 6379, 8443, 9443
-CLIENT_ID = "client.test.serviceaccount.identity.mantle.cluster.local"
 Find = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory, mantle_proxy: Path) -> Iterator[Mesh]:
     with Mesh(tmp_path_factory.mktemp("mesh"), mantle_proxy) as mesh:
-        mesh.pod("client")
-        mesh.pod("web", ports=[REDIS, H2, TLS])
-        mesh.service("web", WEB, {port: port for port in (REDIS, H2, TLS)})
+        mesh.pair({port: port for port in (REDIS, H2, TLS)})
         mesh.start()
         yield mesh
 
 
-@pytest.fixture
-def client(mesh: Mesh) -> Pod:
-    return mesh.pods["client"]
-
-
-@pytest.fixture
-def web(mesh: Mesh) -> Pod:
-    return mesh.pods["web"]
-
-
-def listening(pod: Pod, port: int, seconds: float = 10.0) -> None:
+def listening(pod: Pod, port: int, seconds: float = 60.0) -> None:
     """Returns as soon as something in the pod listens on the port."""
     deadline = time.monotonic() + seconds
     while True:

@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 
 from .apps import Telling, echo, greet, http_client, http_server
-from .harness import Mesh, Pod, nobody_waits, serving, wait_for
+from .harness import WEB, Mesh, Pod, nobody_waits, serving, wait_for
 
 pytestmark = [pytest.mark.mesh, pytest.mark.root]
 
-WEB = "10.203.128.1"
 Start = Callable[..., Mesh]
 
 
@@ -36,10 +35,8 @@ def start(tmp_path: Path, mantle_proxy: Path) -> Iterator[Start]:
             **plane: str,
         ) -> Mesh:
             mesh = stack.enter_context(Mesh(tmp_path, mantle_proxy, **plane))
-            mesh.pod("client", env=env)
-            web = mesh.pod("web", ports=[8080, 9000, 9001], env=env, files=files)
+            _, web = mesh.pair({80: 8080, 9000: 9000, 9001: 9001}, env=env, files=files)
             mesh.pod("plain", meshed=False)
-            mesh.service("web", WEB, {80: 8080, 9000: 9000, 9001: 9001})
             mesh.start()
             stack.enter_context(http_server(web.listen(8080), handler))
             stack.enter_context(serving(web.listen(9000), echo))

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from .apps import http_client, http_server
-from .harness import Mesh, Pod, wait_for
+from .harness import WEB, Mesh, Pod, wait_for
 
 pytestmark = [pytest.mark.mesh, pytest.mark.root]
 
-WEB = "10.203.128.1"
 WEB_NAME = "web.test.serviceaccount.identity.mantle.cluster.local"
 SETTINGS = bytes([0, 0, 0, 6, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1])
 OPEN = bytes([1, 0, 0, 7, 0, 0, 0, 1, 1, 2]) + struct.pack(">H", 8080) + bytes([2, 1, 1])
@@ -63,10 +62,8 @@ def peer_context(folder: Path, name: str) -> ssl.SSLContext:
 @pytest.fixture
 def mesh(tmp_path: Path, mantle_proxy: Path) -> Iterator[Mesh]:
     with Mesh(tmp_path, mantle_proxy) as mesh:
-        mesh.pod("client")
-        web = mesh.pod("web", ports=[8080])
+        _, web = mesh.pair({80: 8080})
         mesh.pod("plain", meshed=False)
-        mesh.service("web", WEB, {80: 8080})
         mesh.start()
         with http_server(web.listen(8080)):
             yield mesh
@@ -153,14 +150,13 @@ print(calls)
 def test_calls_of_one_connection_outlive_the_certificates_of_both_sides(tmp_path: Path, mantle_proxy: Path) -> None:
     fast = {"IDENTITY_MIN_REFRESH": "1s", "IDENTITY_MAX_REFRESH": "2s"}
     with Mesh(tmp_path, mantle_proxy, LEAF_SECONDS="6") as mesh:
-        client, web = mesh.pod("client", env=fast), mesh.pod("web", ports=[8080], env=fast)
-        mesh.service("web", WEB, {80: 8080})
+        client, web = mesh.pair({80: 8080}, env=fast)
         mesh.start()
         tests = Path(__file__).resolve().parents[1]
         serve = f"import sys; sys.path.insert(0, {str(tests)!r}); from mesh.apps import grpc_server; grpc_server(8080)"
         web.spawn(sys.executable, "-c", serve)
         wait_for(lambda: answers(web.ip, web), "the gRPC server")
-        done = client.run(sys.executable, "-c", CALLS, f"{WEB}:80", "14", str(tests), timeout=40)
+        done = client.run(sys.executable, "-c", CALLS, f"{WEB}:80", "14", str(tests), timeout=100)
         assert done.returncode == 0, done.stderr + client.log()[-4000:]
         assert int(done.stdout) > 200
         assert client.log().count("certified") >= 4 and web.log().count("certified") >= 4

@@ -15,14 +15,12 @@ from pathlib import Path
 import pytest
 
 from .apps import echo, greet, http_client, http_server, self_signed, tls_echo
-from .harness import Mesh, Pod, serving
+from .harness import CLIENT_ID, WEB, Mesh, Pod, serving
 
 pytestmark = [pytest.mark.mesh, pytest.mark.root]
 
-WEB = "10.203.128.1"
 PLAIN = "10.203.128.2"
 APPS = str(Path(__file__).with_name("apps.py"))
-CLIENT_ID = "client.test.serviceaccount.identity.mantle.cluster.local"
 WEB_ID = "web.test.serviceaccount.identity.mantle.cluster.local"
 
 
@@ -36,10 +34,8 @@ def mesh(
     tmp_path_factory: pytest.TempPathFactory, mantle_proxy: Path, tls: tuple[ssl.SSLContext, ssl.SSLContext]
 ) -> Iterator[Mesh]:
     with Mesh(tmp_path_factory.mktemp("mesh"), mantle_proxy) as mesh, ExitStack() as stack:
-        mesh.pod("client")
-        web = mesh.pod("web", ports=[8080, 9000, 9001, 9443, 50051])
+        _, web = mesh.pair({80: 8080, 9000: 9000, 9001: 9001, 9443: 9443, 50051: 50051})
         plain = mesh.pod("plain", meshed=False, ports=[8080])
-        mesh.service("web", WEB, {80: 8080, 9000: 9000, 9001: 9001, 9443: 9443, 50051: 50051})
         mesh.service("plain", PLAIN, {80: 8080})
         mesh.start()
         for pod in (web, plain):
@@ -48,21 +44,6 @@ def mesh(
         stack.enter_context(serving(web.listen(9001), greet))
         stack.enter_context(serving(web.listen(9443), tls_echo(tls[0])))
         yield mesh
-
-
-@pytest.fixture
-def client(mesh: Mesh) -> Pod:
-    return mesh.pods["client"]
-
-
-@pytest.fixture
-def web(mesh: Mesh) -> Pod:
-    return mesh.pods["web"]
-
-
-@pytest.fixture
-def plain(mesh: Mesh) -> Pod:
-    return mesh.pods["plain"]
 
 
 def test_http_requests_carry_the_proved_identity_and_no_other(client: Pod, web: Pod) -> None:
