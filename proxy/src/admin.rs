@@ -27,6 +27,8 @@ use crate::tls::CredentialsWatch;
 pub(crate) struct Admin {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) credentials: CredentialsWatch,
+    /// The experimental mode: ready without a certificate.
+    pub(crate) fails_open: bool,
     pub(crate) drain: Drain,
     /// `None`: `/shutdown` does not exist.
     pub(crate) shutdown: Option<Shutdown>,
@@ -119,10 +121,10 @@ fn respond(admin: &Admin, peer: SocketAddr, method: &Method, path: &str) -> Resp
 /// Why this proxy should get no traffic; `None`: it may.
 fn not_ready(admin: &Admin, now: SystemTime) -> Option<&'static str> {
     match admin.credentials.borrow().as_deref() {
-        None => Some("not ready: no certificate yet\n"),
-        Some(current) if current.not_after <= now => Some("not ready: the certificate is over\n"),
-        Some(_) if admin.drain.is_draining() => Some("not ready: draining\n"),
-        Some(_) => None,
+        None if !admin.fails_open => Some("not ready: no certificate yet\n"),
+        Some(current) if current.not_after <= now && !admin.fails_open => Some("not ready: the certificate is over\n"),
+        _ if admin.drain.is_draining() => Some("not ready: draining\n"),
+        _ => None,
     }
 }
 

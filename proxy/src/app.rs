@@ -18,6 +18,7 @@ use tokio::task::{LocalSet, spawn_local};
 use crate::config::{Config, EXIT_BAD_CONFIG};
 use crate::control::{self, Control};
 use crate::drain::{self, Active, Drain, Shutdown};
+use crate::fail_open::FailOpen;
 use crate::inbound::Inbound;
 use crate::link::Links;
 use crate::metrics::{Direction, Layer};
@@ -33,6 +34,7 @@ pub(crate) struct Thread {
     pub(crate) active: Active,
     pub(crate) drain: Drain,
     pub(crate) random: Random,
+    pub(crate) fail_open: FailOpen,
     /// Where a redirected connection wanted to go: `socket::original_dst`, or a test's answer.
     pub(crate) original_dst: OriginalDst,
     /// The ports that the proxy itself listens on: never dialled, never a stream's target.
@@ -116,9 +118,11 @@ fn data_thread(
         let inbound_listener = TcpListener::from_std(listeners.inbound)?;
         let cx = Rc::new(Thread::new(config, control, drain.clone(), original_dst));
         let certified = cx.control.credentials.clone();
-        tokio::select! {
-            () = first_certificate(certified) => {}
-            () = drain.draining() => return Ok(()),
+        if !cx.fail_open.without_certificate() {
+            tokio::select! {
+                () = first_certificate(certified) => {}
+                () = drain.draining() => return Ok(()),
+            }
         }
 
         let outbound = Rc::new(Outbound::new(cx.clone()));
@@ -179,7 +183,8 @@ impl Thread {
         let own_ports = listen.map(|addr| addr.port());
         let dial = Dial { mark: config.outbound_mark, timeout: config.outbound_connect_timeout };
         let (links, active, random) = (Links::new(dial), Active::default(), Random::new());
-        Self { config, control, links, active, drain, random, original_dst, own_ports }
+        let fail_open = FailOpen::new(&config.identity);
+        Self { config, control, links, active, drain, random, fail_open, original_dst, own_ports }
     }
 
     /// The certificate in force.

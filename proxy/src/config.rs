@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use mantle_proxy_core::model::Cidr;
 use mantle_proxy_core::policy::DefaultPolicy;
@@ -77,13 +77,36 @@ pub(crate) struct IdentityConfig {
     pub(crate) trust_anchors: Vec<CertificateDer<'static>>,
     /// Our identity: a DNS name, also our SNI.
     pub(crate) local_name: Arc<str>,
-    /// Read again at each Certify.
+    /// Read again at each Certify; empty if `files` says where the certificate comes from instead.
     pub(crate) token_file: PathBuf,
+    /// The experimental mode: certificate and key come from files, and the proxy fails open.
+    pub(crate) files: Option<Files>,
+    /// The identities of the experimental mode that a default proxy accepts while they are being migrated.
+    pub(crate) migration: Option<Migration>,
     pub(crate) svc: ControlAddr,
     /// A renewal never comes sooner than this after the last one …
     pub(crate) min_refresh: Duration,
     /// … nor later.
     pub(crate) max_refresh: Duration,
+}
+
+/// Where the experimental mode's Secret is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Files {
+    pub(crate) dir: PathBuf,
+    /// What the mode's identities end in, with a leading dot.
+    pub(crate) suffix: Arc<str>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Migration {
+    /// Where the list of identities is mounted.
+    pub(crate) dir: PathBuf,
+    pub(crate) suffix: Arc<str>,
+    /// Of the roots' PEM text, in hexadecimal: no others are taken.
+    pub(crate) roots_sha256: String,
+    /// Nothing is accepted after this, whatever the list says.
+    pub(crate) until: SystemTime,
 }
 
 /// Where a control-plane service is.
@@ -236,7 +259,12 @@ impl Env<'_> {
             roots
         });
         let local_name = self.required_parsed("IDENTITY_LOCAL_NAME", IDENTITY, dns_name);
-        let token_file = self.required("IDENTITY_TOKEN_FILE", "the path of the projected service account token");
+        let files = self.files();
+        let token_file = match &files {
+            Some(_) => Some(String::new()),
+            None => self.required("IDENTITY_TOKEN_FILE", "the path of the projected service account token"),
+        };
+        let migration = self.migration();
         let svc = self.control_addr("IDENTITY_SVC");
         let min_refresh = self.duration("IDENTITY_MIN_REFRESH", Duration::from_secs(10));
         let max_refresh = self.duration("IDENTITY_MAX_REFRESH", Duration::from_secs(24 * 3600));
@@ -251,9 +279,32 @@ impl Env<'_> {
             trust_anchors: trust_anchors?,
             local_name: local_name?,
             token_file: token_file?.into(),
+            files,
+            migration,
             svc: svc?,
             min_refresh,
             max_refresh,
+        })
+    }
+
+    fn files(&mut self) -> Option<Files> {
+        let (_, dir) = self.value("IDENTITY_FILES")?;
+        Some(Files { dir: dir.into(), suffix: self.suffix()? })
+    }
+
+    fn migration(&mut self) -> Option<Migration> {
+        let (_, dir) = self.value("IDENTITY_MIGRATION")?;
+        let suffix = self.suffix();
+        let roots = self.required("IDENTITY_MIGRATION_ROOTS", "the SHA-256 of the roots, in hexadecimal");
+        let until = self.required_parsed("IDENTITY_MIGRATION_UNTIL", "seconds since 1970", from_str::<u32>);
+        let until = SystemTime::UNIX_EPOCH + Duration::from_secs(until?.into());
+        Some(Migration { dir: dir.into(), suffix: suffix?, roots_sha256: roots?.to_ascii_lowercase(), until })
+    }
+
+    fn suffix(&mut self) -> Option<Arc<str>> {
+        let accepted = "what identities of the experimental mode end in, such as .optional.mantle.cluster.local";
+        self.required_parsed("IDENTITY_FILES_SUFFIX", accepted, |value| {
+            dns_name(value.strip_prefix('.')?).map(|domain| Arc::from(format!(".{domain}")))
         })
     }
 

@@ -51,12 +51,19 @@ pub(crate) fn start(config: Arc<Config>, shutdown: Shutdown, mut drain: Drain) -
     let tap_listener = config.tap_svc_name.is_some().then(|| bind(config.control_listen, "tap")).transpose()?;
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build()?;
-    let (credentials_tx, credentials) = watch::channel(None);
+    let files = config.identity.files.as_ref();
+    let at_start = files.and_then(|from| identity::files::first(from, &config.identity.local_name, &trust));
+    let (credentials_tx, credentials) = watch::channel(at_start);
     let (metrics, taps, edges) = (Arc::new(Metrics::new()), Arc::new(Taps::default()), Arc::new(Edges::default()));
     let discovery = {
-        let (own, shown, counted) = (config.clone(), credentials.clone(), metrics.clone());
+        // The experimental mode's certificate is nothing to the control plane: it is asked without one, and at once.
+        let shown = match files {
+            Some(_) => ClientTls::Fixed(trust.anonymous_client()),
+            None => ClientTls::Identity(credentials.clone()),
+        };
+        let (own, ready, counted) = (config.clone(), files.is_none().then(|| credentials.clone()), metrics.clone());
         let connect = move || clients(&own, &shown, &counted);
-        Discovery::start(config.clone(), runtime.handle().clone(), connect, credentials.clone())
+        Discovery::start(config.clone(), runtime.handle().clone(), connect, ready)
     };
     let control = Control { credentials, discovery, metrics, taps, edges };
 
@@ -78,6 +85,7 @@ pub(crate) fn start(config: Arc<Config>, shutdown: Shutdown, mut drain: Drain) -
             let admin = admin::Admin {
                 metrics: parts.metrics.clone(),
                 credentials: parts.credentials.clone(),
+                fails_open: config.identity.files.is_some(),
                 drain: drain.clone(),
                 shutdown: config.shutdown_endpoint.then_some(shutdown),
             };
@@ -88,10 +96,10 @@ pub(crate) fn start(config: Arc<Config>, shutdown: Shutdown, mut drain: Drain) -
     Ok(control)
 }
 
-fn clients(config: &Config, credentials: &CredentialsWatch, metrics: &Metrics) -> Clients {
+fn clients(config: &Config, shown: &ClientTls, metrics: &Metrics) -> Clients {
     let dial = Dial { mark: config.outbound_mark, timeout: config.outbound_connect_timeout };
     let channel = |addr: &ControlAddr| {
-        let channel = client::channel(addr, ClientTls::Identity(credentials.clone()), dial);
+        let channel = client::channel(addr, shown.clone(), dial);
         (channel, metrics.control(&client::labels(addr)))
     };
     Clients::new(channel(&config.destination), channel(&config.policy))

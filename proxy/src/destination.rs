@@ -39,6 +39,8 @@ struct Live {
 /// How an endpoint is reached, with the metric handles of its label set: resolved once, not per request.
 pub(crate) struct Reach {
     pub(crate) route: Route,
+    /// The experimental mode's plaintext, which lasts only until TLS is possible.
+    fails_open: bool,
     pub(crate) transport: Arc<Transport>,
     labels: Labels,
     http: OnceCell<Arc<Http>>,
@@ -122,14 +124,18 @@ impl Destination {
     /// What makes its endpoint unusable.
     pub(crate) fn reach(&self, cx: &Thread, node: &Rc<Node>) -> Result<Rc<Reach>, Unroutable> {
         let mut live = self.live.borrow_mut();
-        if let Some((_, reach)) = live.reaches.iter().find(|(known, _)| Rc::ptr_eq(known, node)) {
+        let fails_open = upstream::fails_open(cx, &node.endpoint);
+        if let Some((_, reach)) = live.reaches.iter().find(|(known, _)| Rc::ptr_eq(known, node))
+            && reach.fails_open == fails_open
+        {
             return Ok(reach.clone());
         }
+        live.reaches.retain(|(known, _)| !Rc::ptr_eq(known, node));
         let route = upstream::route(cx, &node.endpoint)?;
         let authority = live.target.outbound.borrow().as_ref().ok().and_then(|outbound| outbound.authority.clone());
         let labels = record::outbound_dst(&node.endpoint, route.tls.clone(), authority);
         let transport = cx.control.metrics.transport(Side::Dst, &labels);
-        let reach = Rc::new(Reach { route, transport, labels, http: OnceCell::new() });
+        let reach = Rc::new(Reach { route, fails_open, transport, labels, http: OnceCell::new() });
         live.reaches.push((node.clone(), reach.clone()));
         Ok(reach)
     }

@@ -94,7 +94,8 @@ struct Shared {
     /// Where the streams live: the control thread.
     control: Handle,
     connections: Connections,
-    credentials: CredentialsWatch,
+    /// Streams wait for the first certificate; `None`: they do not.
+    credentials: Option<CredentialsWatch>,
     targets: Mutex<HashMap<SocketAddr, Entry>>,
     ports: Mutex<HashMap<u16, PortEntry>>,
 }
@@ -178,7 +179,7 @@ impl Discovery {
         config: Arc<Config>,
         control: Handle,
         connect: impl Fn() -> Clients + Send + Sync + 'static,
-        credentials: CredentialsWatch,
+        credentials: Option<CredentialsWatch>,
     ) -> Self {
         let connections = Connections { make: Box::new(connect), made: Mutex::default() };
         let shared =
@@ -210,7 +211,11 @@ impl Discovery {
         let answered = target.outbound.wait_for(|answer| !matches!(answer, Err(Unroutable::DiscoveryUnavailable)));
         match tokio::time::timeout(ANSWER, answered).await {
             Ok(Ok(answer)) => answer.as_ref().map(|_| ()).map_err(|why| *why)?,
+            Ok(Err(_)) | Err(_) if self.0.fails_open() => {}
             Ok(Err(_)) | Err(_) => return Err(Unroutable::DiscoveryUnavailable),
+        }
+        if self.0.fails_open() {
+            self.0.pass_through_meanwhile(dst);
         }
         Ok(target)
     }
@@ -270,6 +275,24 @@ impl Shared {
         self.connections.get()
     }
 
+    /// The experimental mode: what is not explained goes where it was going.
+    fn fails_open(&self) -> bool {
+        self.config.identity.files.is_some()
+    }
+
+    /// Lets `dst` pass until it is explained, if it is not yet.
+    fn pass_through_meanwhile(&self, dst: SocketAddr) {
+        let Some(outbound) = lock(&self.targets).get(&dst).map(|entry| entry.outbound.clone()) else { return };
+        outbound.send_if_modified(|answer| {
+            let unknown = matches!(answer, Err(Unroutable::DiscoveryUnavailable));
+            if unknown {
+                tracing::warn!(%dst, "discovery does not answer: plaintext meanwhile");
+                *answer = Ok(Arc::new(convert::passthrough(dst)));
+            }
+            unknown
+        });
+    }
+
     /// Whether `dst` must be explained by the control plane. Without networks, everything must.
     fn is_mesh(&self, dst: SocketAddr) -> bool {
         let networks = &self.config.profile_networks;
@@ -293,7 +316,7 @@ impl Shared {
     fn default_policy(&self, port: u16) -> Option<Arc<ServerPolicy>> {
         let config = &self.config;
         let protocol = if config.opaque_ports.contains(port) { Protocol::Opaque } else { Protocol::Detect };
-        config.inbound_ports.contains(port).then(|| {
+        (config.inbound_ports.contains(port) || self.fails_open()).then(|| {
             let timeout = config.inbound_detect_timeout;
             let strict = config.identity_ports.contains(port);
             let policy = if strict { config.default_policy.authenticated() } else { config.default_policy };

@@ -3,6 +3,8 @@
 //! The key never leaves this process and is never written. A renewal that fails leaves what is in force; it is logged,
 //! counted and tried again. Nothing secret is logged: not the token, not the key.
 
+pub(crate) mod files;
+
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -87,7 +89,11 @@ pub(crate) async fn run(
 ) {
     let dial = Dial { mark: config.outbound_mark, timeout: config.outbound_connect_timeout };
     let config = &config.identity;
+    if let Some(from) = &config.files {
+        return files::run(from, &config.local_name, &trust, credentials, &metrics).await;
+    }
     let bounds = renew::Bounds { min: config.min_refresh, max: config.max_refresh };
+    let mut trust = trust.with(config.migration.as_ref().and_then(|m| files::accepted(m, SystemTime::now())));
     let (mut epoch, mut failures) = (0, 0);
     loop {
         let current = credentials.borrow().clone();
@@ -117,7 +123,33 @@ pub(crate) async fn run(
                 renew::after_failure(failures, tls::random())
             }
         };
-        sleep_until(SystemTime::now() + wait).await;
+        let due = SystemTime::now() + wait;
+        loop {
+            let also = trust.also().cloned();
+            tokio::select! {
+                () = sleep_until(due) => break,
+                second = files::migration(config.migration.as_ref(), also.as_ref()) => {
+                    trust = trust.with(second);
+                    epoch = accept_others(&trust, &credentials, epoch);
+                }
+            }
+        }
+    }
+}
+
+/// Puts a change of what is accepted into force, with the certificate that there is. Returns the epoch in force.
+fn accept_others(trust: &Trust, credentials: &watch::Sender<Option<Arc<Credentials>>>, epoch: u64) -> u64 {
+    let Some(current) = credentials.borrow().clone() else { return epoch };
+    match trust.again(epoch + 1, &current) {
+        Ok(new) => {
+            tracing::info!(accepts = ?new.also, "identities of the experimental mode are accepted, or no more");
+            credentials.send_replace(Some(Arc::new(new)));
+            epoch + 1
+        }
+        Err(why) => {
+            tracing::error!(%why, "what is accepted could not be changed");
+            epoch
+        }
     }
 }
 

@@ -14,6 +14,7 @@ mod destination;
 mod discovery;
 mod drain;
 mod edges;
+mod fail_open;
 mod http1;
 mod http2;
 mod identity;

@@ -174,6 +174,7 @@ impl Outbound {
             }
             match self.open(&ticket, hint).await {
                 Ok(io) => return Ok(Opened { io, ticket, reused: false }),
+                Err(why) if self.fails_open(&ticket, why) => continue,
                 Err(why) => {
                     ticket.failed(dst.now());
                     if attempt >= ATTEMPTS.min(dst.endpoints()) {
@@ -208,6 +209,11 @@ impl Outbound {
         let (endpoint, tls) = (&ticket.node.endpoint, &ticket.reach.route.tls);
         let (dst, dst_labels) = (endpoint.addr, &endpoint.labels);
         taps.open(&TapRequest { direction: Direction::Outbound, src: client, dst, tls, dst_labels, head })
+    }
+
+    /// Whether the experimental mode tries plaintext after TLS has come to nothing.
+    fn fails_open(&self, ticket: &Ticket, why: Unroutable) -> bool {
+        ticket.is_mesh() && self.cx.fail_open.note(&ticket.node.endpoint, why)
     }
 
     /// Keeps a connection for the next request; a stream of a link has no next one.

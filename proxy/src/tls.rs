@@ -10,14 +10,18 @@ use std::time::{Duration, SystemTime};
 
 use mantle_proxy_core::model::PeerId;
 use mantle_proxy_core::route::is_identity;
-use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::client::Resumption;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::server::{ServerSessionMemoryCache, WebPkiClientVerifier};
+use rustls::server::ServerSessionMemoryCache;
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
+
+pub(crate) mod second;
+
+use second::{Names, Second};
 
 /// The ALPN of the mux link between Mantle proxies.
 pub(crate) const ALPN_MUX: &[u8] = b"mantle-mux/1";
@@ -32,6 +36,10 @@ pub(crate) struct Credentials {
     pub(crate) epoch: u64,
     pub(crate) local: PeerId,
     pub(crate) not_after: SystemTime,
+    /// Names of the experimental mode that these configurations accept besides the mesh's own.
+    pub(crate) also: Option<Names>,
+    /// What is shown, and proved.
+    pub(crate) certified: Arc<CertifiedKey>,
     /// Client side: TLS 1.3, our certificate, ALPN `mantle-mux/1`. rustls checks chain and name (SNI = identity).
     pub(crate) client_link: Arc<ClientConfig>,
     /// Client side without ALPN: endpoints that have no `opaque_transport` (4190, 4191, transparent transport).
@@ -49,6 +57,7 @@ pub(crate) type CredentialsWatch = tokio::sync::watch::Receiver<Option<Arc<Crede
 #[derive(Clone)]
 pub(crate) struct Trust {
     roots: Arc<RootCertStore>,
+    second: Option<Second>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -94,10 +103,21 @@ impl Trust {
         for anchor in anchors {
             roots.add(anchor.clone()).map_err(|_| BadCertificate::BadRoot)?;
         }
-        Ok(Self { roots: Arc::new(roots), provider: Arc::new(provider()) })
+        Ok(Self { roots: Arc::new(roots), second: None, provider: Arc::new(provider()) })
     }
 
-    /// One-way TLS: the server is verified, nothing is shown. For the first Certify only.
+    /// The same roots, with `second` beside them or without any.
+    pub(crate) fn with(&self, second: Option<Second>) -> Self {
+        Self { second, ..self.clone() }
+    }
+
+    /// The names that `second` may vouch for.
+    pub(crate) fn also(&self) -> Option<&Names> {
+        self.second.as_ref().map(|second| &second.names)
+    }
+
+    /// One-way TLS: the server is verified, nothing is shown. For the first Certify, and for the
+    /// experimental mode, whose certificate proves nothing to the control plane.
     pub(crate) fn anonymous_client(&self) -> Arc<ClientConfig> {
         Arc::new(self.client_builder().with_no_client_auth())
     }
@@ -124,14 +144,7 @@ impl Trust {
         let server_name = ServerName::try_from(local_name.to_string()).map_err(|_| wrong_name())?;
         let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let unix = UnixTime::since_unix_epoch(since_epoch);
-        let as_server = WebPkiServerVerifier::builder_with_provider(self.roots.clone(), self.provider.clone())
-            .build()
-            .map_err(|_| BadCertificate::BadRoot)?;
-        let as_client = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), self.provider.clone())
-            .allow_unauthenticated()
-            .build()
-            .map_err(|_| BadCertificate::BadRoot)?;
-        use rustls::client::danger::ServerCertVerifier as _;
+        let (as_server, as_client) = second::verifiers(&self.roots, self.second.as_ref(), &self.provider)?;
         as_server
             .verify_server_cert(leaf, intermediates, &server_name, &[], unix)
             .map_err(BadCertificate::Untrusted)?;
@@ -141,10 +154,28 @@ impl Trust {
             rustls::Error::InconsistentKeys(_) => BadCertificate::WrongKey,
             _ => BadCertificate::Unreadable,
         })?;
-        let certified = Arc::new(certified);
+        self.configured(epoch, peer, Arc::new(certified))
+    }
+
+    /// The same certificate, configured anew with what this trusts now.
+    ///
+    /// # Errors
+    /// `BadRoot`.
+    pub(crate) fn again(&self, epoch: u64, current: &Credentials) -> Result<Credentials, BadCertificate> {
+        let peer = Peer { id: current.local.clone(), not_after: current.not_after };
+        self.configured(epoch, peer, current.certified.clone())
+    }
+
+    fn configured(&self, epoch: u64, peer: Peer, certified: Arc<CertifiedKey>) -> Result<Credentials, BadCertificate> {
+        let (as_server, as_client) = second::verifiers(&self.roots, self.second.as_ref(), &self.provider)?;
         let client = |alpn: &[&[u8]]| {
             let resolver = Arc::new(rustls::sign::SingleCertAndKey::from(certified.clone()));
-            let mut config = self.client_builder().with_client_cert_resolver(resolver);
+            let mut config = ClientConfig::builder_with_provider(self.provider.clone())
+                .with_protocol_versions(TLS13)
+                .expect("the provider has TLS 1.3 suites: see provider()")
+                .dangerous() // what it takes to name a verifier: ours asks rustls' own, twice at most
+                .with_custom_certificate_verifier(as_server.clone())
+                .with_client_cert_resolver(resolver);
             config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
             config.resumption = Resumption::in_memory_sessions(SESSIONS);
             Arc::new(config)
@@ -164,6 +195,8 @@ impl Trust {
             epoch,
             local: peer.id,
             not_after: peer.not_after,
+            also: self.second.as_ref().map(|second| second.names.clone()),
+            certified: certified.clone(),
             client_link: client(&[ALPN_MUX]),
             client_plain: client(&[]),
             server_link: server(&[ALPN_MUX]),
@@ -244,6 +277,13 @@ pub(crate) fn random() -> u64 {
     // A generator that fails leaves zeros: the caller then has no jitter, which is safe.
     let _ = aws_lc_rs::default_provider().secure_random.fill(&mut bytes);
     u64::from_le_bytes(bytes)
+}
+
+/// SHA-256, as lower-case hexadecimal.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    let suite = aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256;
+    let hash = suite.tls13().expect("a TLS 1.3 suite").common.hash_provider.hash(bytes);
+    hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -1,17 +1,17 @@
 //! The server side of an outbound connection: a stream on a mesh link, mesh TLS of its own, or plaintext with its reason.
 //!
 //! Carries out the core's `Plan` and nothing else: after a failed handshake or a wrong identity there is an error, and
-//! no way from there to plaintext.
+//! no way from there to plaintext, but for the experimental mode's next attempt (`fail_open.rs`).
 
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use mantle_proxy_core::model::Endpoint;
-use mantle_proxy_core::reasons::Unroutable;
+use mantle_proxy_core::reasons::{NoTls, Unroutable};
 use mantle_proxy_core::route::{self, Own, Plan, Transport};
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -42,12 +42,23 @@ pub(crate) struct Route {
 /// # Errors
 /// `Loop`, `InvalidIdentity`.
 pub(crate) fn route(cx: &Thread, endpoint: &Endpoint) -> Result<Route, Unroutable> {
-    let plan = route::decide(endpoint, Own { ips: &cx.config.inbound_ips, ports: &cx.own_ports })?;
+    let own = Own { ips: &cx.config.inbound_ips, ports: &cx.own_ports };
+    let plan = if fails_open(cx, endpoint) {
+        route::decide(&Endpoint { tls: Err(NoTls::FailOpen), ..endpoint.clone() }, own)?
+    } else {
+        route::decide(endpoint, own)?
+    };
     let tls = match &plan {
         Plan::Mesh { identity, .. } => TlsLabel::Mutual(identity.clone()),
         Plan::Plain(plaintext) => TlsLabel::None(plaintext.reason()),
     };
     Ok(Route { plan, tls })
+}
+
+/// Whether the experimental mode sends this endpoint plaintext now. Never in the default mode.
+pub(crate) fn fails_open(cx: &Thread, endpoint: &Endpoint) -> bool {
+    cx.fail_open.is_possible()
+        && cx.fail_open.applies(endpoint, cx.control.credentials.borrow().as_deref(), SystemTime::now())
 }
 
 /// Carries out a plan: opens a stream, or connects.

@@ -21,12 +21,16 @@ def main(argv: Sequence[str]) -> int:
             from mantle.control.injector_app import injector_main
 
             return injector_main(argv[1:])
+        case ["ca"]:
+            from mantle.control.ca import main as ca_main
+
+            return ca_main(argv[1:])
         case ["viz"]:
             from mantle.viz.app import main as viz_main
 
             viz_main(argv[1:])
             return 0
-    usage = "usage: python -m mantle.control_plane identity|destination|viz|injector ARGS (--help for each)"
+    usage = "usage: python -m mantle.control_plane identity|destination|viz|injector|ca ARGS (--help for each)"
     print(usage, file=sys.stderr)
     return 2
 

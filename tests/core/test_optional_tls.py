@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,10 +13,18 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 
 from mantle.core import ca
 from mantle.core import optional_tls as tls
+from mantle.core.callers import Caller, CallerDenied, Presented, check_caller
+from mantle.core.endpoints import AddressTarget, Profile, profile, view_of
 from mantle.core.inject import Injected, Refused, inject_pod, uninject_pod
+from mantle.core.model import Key, Pod, Snapshot
+from mantle.core.model import Owner as PodOwner
 from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.optional_names import OptionalNames, Owner, owner_of
 from mantle.core.proxy_env import Values
+from mantle.core.reasons import NoIdentity
+from mantle.core.world import Mesh, World
+from mantle.manifests.config import load
+from mantle.manifests.render import TrustMaterial, install_objects
 
 NOW = datetime(2026, 11, 24, 8, 0, 0, tzinfo=UTC)
 MESH = MeshNames("mantle", "cluster.local")
@@ -231,8 +240,110 @@ def test_it_is_refused_where_it_could_only_ever_be_plaintext() -> None:
 def test_a_pod_being_migrated_accepts_the_listed_identities_until_a_deadline() -> None:
     pod = meshed({"mantle.dev/tls-migration": f"sha256:{'a' * 64} until:2026-11-24T09:00:00Z"})
     assert env(pod)["IDENTITY_MIGRATION_ROOTS"] == "a" * 64
-    assert env(pod)["IDENTITY_MIGRATION_UNTIL"] == "2026-11-24T09:00:00Z"
+    assert env(pod)["IDENTITY_MIGRATION_UNTIL"] == str(int(datetime(2026, 11, 24, 9, tzinfo=UTC).timestamp()))
     config = next(v for v in pod["spec"]["volumes"] if v["name"] == "mantle-tls-migration")["configMap"]
     assert config == {"name": "mantle-tls-migration", "optional": True}
     broken = {**POD, "metadata": {"annotations": {"mantle.dev/inject": "enabled", "mantle.dev/tls-migration": "yes"}}}
     assert "what `mantle migrate-tls` writes" in refused(broken, VALUES, ("Deployment", "web"))
+
+
+# ---- who sees whom ----
+
+WORLD_MESH = Mesh(MESH)
+
+
+def seen_pod(name: str, mode: str) -> Pod:
+    labels = {"app": name, "mantle.dev/control-plane-ns": "mantle"}
+    annotations = {}
+    if mode == "optional":
+        labels["mantle.dev/tls"], annotations["mantle.dev/tls-owner"] = "optional", f"deployment/{name}"
+    if mode == "migrating":
+        annotations["mantle.dev/tls-migration"] = f"sha256:{'a' * 64} until:2026-11-24T09:00:00Z"
+    number = {"required": 1, "optional": 2, "migrating": 3}[mode]
+    return Pod(
+        Key("shop", name), f"u-{name}", f"10.203.0.{number}", name, PodOwner("Deployment", name), labels, annotations,
+        ready=True, proxy_started=True,
+    )  # fmt: skip
+
+
+REQUIRED, OPTIONAL, MIGRATING = (seen_pod(mode, mode) for mode in ("required", "optional", "migrating"))
+WORLD = World.empty(WORLD_MESH).next(Snapshot(1, {pod.key: pod for pod in (REQUIRED, OPTIONAL, MIGRATING)}))
+AS_OPTIONAL = "optional.deployment.shop.optional.mantle.cluster.local"
+AS_REQUIRED = "required.shop.serviceaccount.identity.mantle.cluster.local"
+AS_MIGRATING = "migrating.shop.serviceaccount.identity.mantle.cluster.local"
+
+
+@pytest.mark.parametrize(
+    ("caller", "callee", "identity"),
+    [
+        (REQUIRED, REQUIRED, AS_REQUIRED),
+        (REQUIRED, OPTIONAL, NoIdentity.OPTIONAL_TLS),
+        (REQUIRED, MIGRATING, AS_MIGRATING),
+        (OPTIONAL, REQUIRED, NoIdentity.OPTIONAL_TLS),
+        (OPTIONAL, OPTIONAL, AS_OPTIONAL),
+        (OPTIONAL, MIGRATING, AS_MIGRATING),
+        (MIGRATING, REQUIRED, AS_REQUIRED),
+        (MIGRATING, OPTIONAL, AS_OPTIONAL),
+        (MIGRATING, MIGRATING, AS_MIGRATING),
+        (None, OPTIONAL, NoIdentity.OPTIONAL_TLS),
+    ],
+)
+def test_a_caller_is_told_only_identities_that_it_can_verify_and_that_accept_it(
+    caller: Pod | None, callee: Pod, identity: object
+) -> None:
+    view = view_of(WORLD, caller.key if caller else None)
+    found = profile(WORLD.seen_as(view), AddressTarget(callee.ip, 8080))
+    assert isinstance(found, Profile)
+    assert found.endpoint is not None
+    assert found.endpoint.tls == identity
+
+
+def test_without_a_certificate_of_the_mesh_only_pods_of_this_mode_are_answered_and_only_where_it_is_installed() -> None:
+    stranger = Presented("", False)
+
+    def asked(pod: Pod, optional_tls: bool) -> object:
+        return check_caller(WORLD, stranger, pod.key, None, False, optional_tls)
+
+    assert isinstance(asked(OPTIONAL, True), Caller)
+    assert isinstance(asked(OPTIONAL, False), CallerDenied)
+    assert isinstance(asked(REQUIRED, True), CallerDenied)
+    assert isinstance(asked(MIGRATING, True), CallerDenied)
+    assert isinstance(check_caller(WORLD, stranger, None, None, False, True), CallerDenied)
+
+
+# ---- what is installed ----
+
+
+def installed(tls: str) -> list[dict]:
+    trust = TrustMaterial("ROOTS\n", "ISSUER\n", "KEY\n")
+    return install_objects(load({"tls": tls, "ha": True}), trust)
+
+
+def test_the_ca_and_its_rights_are_there_only_when_asked_for() -> None:
+    assert not [o for o in installed("required") if o["metadata"]["name"] == "mantle-ca"]
+    kinds = sorted(o["kind"] for o in installed("optional") if o["metadata"]["name"] == "mantle-ca")
+    assert kinds == ["ClusterRole", "ClusterRoleBinding", "Deployment", "Role", "RoleBinding", "ServiceAccount"]
+
+
+def test_the_ca_is_one_pod_that_reads_no_secret_but_its_own() -> None:
+    ca_objects = {o["kind"]: o for o in installed("optional") if o["metadata"]["name"] == "mantle-ca"}
+    assert ca_objects["Deployment"]["spec"]["replicas"] == 1
+    for rule in ca_objects["ClusterRole"]["rules"]:
+        assert "*" not in json.dumps(rule)
+        if "secrets" in rule["resources"]:
+            assert set(rule["verbs"]) == {"create", "update"}
+    (own,) = ca_objects["Role"]["rules"]
+    assert own["resourceNames"] == ["mantle-ca"]
+
+
+def test_destination_answers_this_mode_only_where_it_is_installed() -> None:
+    def args(tls: str) -> list[str]:
+        (deployment,) = [
+            o for o in installed(tls) if o["kind"] == "Deployment" and o["metadata"]["name"] == "mantle-destination"
+        ]
+        return next(
+            c["args"] for c in deployment["spec"]["template"]["spec"]["containers"] if c["name"] == "destination"
+        )
+
+    assert "--tls=optional" in args("optional")
+    assert not [arg for arg in args("required") if arg.startswith("--tls")]

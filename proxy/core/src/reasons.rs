@@ -38,6 +38,8 @@ reasons! {
         NotProvidedByRemote = "not_provided_by_remote",
         /// Inbound: the port's policy says opaque and the connection came straight to the port.
         PortSkipped = "port_skipped",
+        /// Outbound, experimental mode `--tls=optional` only: one of the two proxies had nothing that the other accepts.
+        FailOpen = "fail_open",
     }
 }
 

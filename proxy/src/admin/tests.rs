@@ -36,6 +36,7 @@ fn stage(shutdown_endpoint: bool) -> Stage {
     let admin = Admin {
         metrics: Arc::new(Metrics::new()),
         credentials: watched,
+        fails_open: false,
         drain: drain.clone(),
         shutdown: shutdown_endpoint.then(|| shutdown.clone()),
     };
@@ -132,7 +133,8 @@ async fn shutdown_drains_if_it_is_enabled_and_only_for_loopback() {
 
     let (shutdown, drain) = drain::channel();
     let (_, credentials) = watch::channel(None);
-    let admin = Admin { metrics: Arc::new(Metrics::new()), credentials, drain, shutdown: Some(shutdown) };
+    let admin =
+        Admin { metrics: Arc::new(Metrics::new()), credentials, fails_open: false, drain, shutdown: Some(shutdown) };
     let from = |addr: &str| respond(&admin, addr.parse().expect("address"), &Method::POST, "/shutdown").status();
     assert_eq!(from("10.203.0.1:40000"), StatusCode::FORBIDDEN);
     assert!(!admin.drain.is_draining());
@@ -171,7 +173,7 @@ async fn a_head_that_drips_is_not_waited_for() {
     let (mut client, server) = tokio::io::duplex(1024);
     let (_, drain) = drain::channel();
     let (_, credentials) = watch::channel(None);
-    let admin = Admin { metrics: Arc::new(Metrics::new()), credentials, drain, shutdown: None };
+    let admin = Admin { metrics: Arc::new(Metrics::new()), credentials, fails_open: false, drain, shutdown: None };
     let (done, serving) = tokio::sync::oneshot::channel();
     Slots::new(1).spawn(|slot| async move {
         http1(server, ([127, 0, 0, 1], 1).into(), Arc::new(admin), slot).await;

@@ -29,7 +29,8 @@ use crate::tls::CredentialsWatch;
 #[derive(Clone)]
 pub(super) struct Source {
     pub(super) clients: Arc<Clients>,
-    pub(super) credentials: CredentialsWatch,
+    /// Whose first certificate is waited for, if anybody's.
+    pub(super) credentials: Option<CredentialsWatch>,
     pub(super) workload: String,
     pub(super) context: String,
     pub(super) with_profile: bool,
@@ -48,7 +49,7 @@ pub(super) async fn target(
     outbound: watch::Sender<Answer>,
     endpoints: watch::Sender<Endpoints>,
 ) {
-    if source.credentials.wait_for(Option::is_some).await.is_err() {
+    if !certified(source.credentials.as_mut()).await {
         return;
     }
     let (policy_tx, mut policy) = watch::channel(PolicyAnswer::Pending);
@@ -89,12 +90,12 @@ pub(super) async fn target(
 /// Keeps `policy` true of this pod's `port` until aborted.
 pub(super) async fn port(
     clients: Arc<Clients>,
-    mut credentials: CredentialsWatch,
+    mut credentials: Option<CredentialsWatch>,
     workload: String,
     port: u16,
     policy: watch::Sender<Option<Arc<ServerPolicy>>>,
 ) {
-    if credentials.wait_for(Option::is_some).await.is_err() {
+    if !certified(credentials.as_mut()).await {
         return;
     }
     let ask = || {
@@ -119,6 +120,14 @@ pub(super) async fn port(
         });
     })
     .await;
+}
+
+/// Waits for the first certificate, where there is one to wait for; false if there never will be one.
+async fn certified(credentials: Option<&mut CredentialsWatch>) -> bool {
+    match credentials {
+        Some(credentials) => credentials.wait_for(Option::is_some).await.is_ok(),
+        None => true,
+    }
 }
 
 async fn follow_policy(source: &Source, dst: SocketAddr, answer: watch::Sender<PolicyAnswer>) {

@@ -39,7 +39,11 @@ fn stage(vars: &[(&str, &str)]) -> Stage {
     let channels = plane.channels();
     let connect = move || crate::discovery::Clients::new((channels(), Arc::default()), (channels(), Arc::default()));
     let (credentials, watched) = watch::channel(Some(Arc::new(ca.credentials(WEB))));
-    Stage { discovery: Discovery::start(Arc::new(config), Handle::current(), connect, watched), plane, credentials }
+    Stage {
+        discovery: Discovery::start(Arc::new(config), Handle::current(), connect, Some(watched)),
+        plane,
+        credentials,
+    }
 }
 
 fn config(vars: &[(&str, &str)], ca: &Ca) -> Config {
@@ -472,4 +476,21 @@ fn a_policy_with_a_field_left_out_is_not_used() {
     assert!(convert::policy(OutboundPolicy { metadata: named("x"), ..policy(PATH) }).is_ok());
     assert!(convert::policy(resource(&|r| r.port = 0)).is_ok());
     assert!(convert::policy(of(Kind::Opaque(opaque(balancer(PATH))))).is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_experimental_mode_lets_through_what_is_not_explained_until_it_is() {
+    let stage = stage(&[("IDENTITY_FILES", "/none"), ("IDENTITY_FILES_SUFFIX", ".optional.mantle.cluster.local")]);
+    let dst: std::net::SocketAddr = SERVICE.parse().expect("address");
+    let began = Instant::now();
+    let mut target = stage.discovery.target(dst).await.expect("it passes");
+    assert_eq!(began.elapsed(), ANSWER);
+    let meanwhile = target.outbound.borrow_and_update().clone().expect("it passes");
+    assert!(matches!(&meanwhile.backend, Backend::Forward(to) if to.addr == dst && to.tls.is_err()));
+    assert!(stage.discovery.port(9999).now().is_some(), "a port that nobody listed is not closed either");
+    no_profile(&stage).await;
+    stage.plane.outbound.next().await.stream().send(Ok(policy(PATH))).expect("open");
+    target.outbound.changed().await.expect("alive");
+    let explained = target.outbound.borrow().clone().expect("explained");
+    assert!(matches!(&explained.backend, Backend::Balance { .. }));
 }

@@ -17,7 +17,7 @@ use crate::link::LinkHint;
 use crate::metrics::{Direction, Layer};
 use crate::record;
 use crate::tap::VisitHeaders;
-use crate::upstream::Upstream;
+use crate::upstream::{self, Upstream};
 
 /// The requests of one client connection.
 pub(super) struct Calls {
@@ -48,7 +48,11 @@ impl Service for Calls {
     }
 
     async fn connect(&self, place: &Ticket) -> Result<Connected<Counted<Upstream>>, Refusal> {
-        let io = self.out.open(place, LinkHint::Http2).await.map_err(refusal)?;
+        let opened = self.out.open(place, LinkHint::Http2).await;
+        let io = opened.map_err(|why| {
+            self.out.fails_open(place, why); // `unreachable` looks at what this has noted
+            refusal(why)
+        })?;
         let link = match io.get() {
             Upstream::Mux(stream) => Some(stream.link()),
             Upstream::Tls(_) | Upstream::Plain(_) => None,
@@ -57,6 +61,9 @@ impl Service for Calls {
     }
 
     fn unreachable(&self, place: Ticket) -> bool {
+        if place.is_mesh() && upstream::fails_open(&self.out.cx, &place.node.endpoint) {
+            return true; // the next attempt is the experimental mode's plaintext
+        }
         place.failed(self.dst.now());
         self.dst.endpoints() > 1
     }

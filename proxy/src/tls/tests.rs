@@ -22,6 +22,7 @@ pub(crate) struct Ca {
 /// What a test wants of a leaf.
 pub(crate) struct Leaf<'a> {
     pub(crate) name: &'a str,
+    pub(crate) spiffe: &'a str,
     pub(crate) lifetime: Duration,
     pub(crate) usages: &'a [ExtendedKeyUsagePurpose],
 }
@@ -30,6 +31,7 @@ impl<'a> Leaf<'a> {
     pub(crate) fn named(name: &'a str) -> Self {
         Self {
             name,
+            spiffe: "spiffe://cluster.local/ns/shop/sa/x",
             lifetime: Duration::from_secs(3600),
             usages: &[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
         }
@@ -55,7 +57,7 @@ impl Ca {
     pub(crate) fn issue(&self, leaf: &Leaf<'_>, key: &impl rcgen::PublicKeyData) -> CertificateDer<'static> {
         let mut params = CertificateParams::new(vec![leaf.name.to_owned()]).expect("params");
         params.distinguished_name = DistinguishedName::new();
-        params.subject_alt_names.push(SanType::URI("spiffe://cluster.local/ns/shop/sa/x".try_into().expect("uri")));
+        params.subject_alt_names.push(SanType::URI(leaf.spiffe.try_into().expect("uri")));
         params.extended_key_usages = leaf.usages.to_vec();
         let now = SystemTime::now();
         params.not_before = (now - Duration::from_secs(20)).into();
@@ -95,7 +97,7 @@ pub(crate) fn private(key: &KeyPair) -> PrivateKeyDer<'static> {
 }
 
 /// Runs both sides in memory until neither has anything to say.
-fn handshake(
+pub(super) fn handshake(
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
     name: &str,

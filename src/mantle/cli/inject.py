@@ -102,7 +102,7 @@ def command(
             trust_domain=trust_domain,
             inject_by_default=True,
             created_by=f"mantle/cli {__version__}",
-            tls=str(settings.get("tls") or "default"),
+            tls=str(settings.get("tls") or "required"),
         )
     wish = Wish(_accepted(settings), "ingress" if ingress else "enabled", values)
     documents = [document for name in files for document in read(name)]

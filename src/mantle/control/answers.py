@@ -70,6 +70,7 @@ class Answers:
     metrics: Metrics
     own_pod: Key | None
     allow_anonymous: bool
+    optional_tls: bool = False
 
     async def admit(self, context: Context, method: str, workload: str) -> Key | None:
         """Waits for the first snapshot and checks the caller; the pod it speaks for. Aborts the call otherwise."""
@@ -90,7 +91,9 @@ class Answers:
         named = parse_workload(workload) if workload else None
         if isinstance(named, CallerDenied):
             return named
-        return check_caller(self.topics.world, presented(context), named, self.own_pod, self.allow_anonymous)
+        return check_caller(
+            self.topics.world, presented(context), named, self.own_pod, self.allow_anonymous, self.optional_tls
+        )
 
     async def abort(self, context: Context, method: str, status: Status, label: str = "") -> NoReturn:
         """Ends the call with a status. `label` is what is counted, the code's name by default."""

@@ -144,6 +144,10 @@ def destination_main(argv: Sequence[str]) -> int:
     flags.add_argument("--probe-networks", type=_networks, default=EVERYWHERE, help="where probes come from")
     flags.add_argument("--default-inbound-policy", choices=POLICIES, default=DEFAULT_POLICY)
     flags.add_argument(
+        "--tls", choices=("required", "optional"), default="required",
+        help="optional: answer pods of the experimental mode, which have no certificate of this mesh",
+    )  # fmt: skip
+    flags.add_argument(
         "--allow-anonymous", action="store_true",
         help="answer proxies that ask before they have a certificate (linkerd2-proxy): their word is taken",
     )  # fmt: skip
@@ -165,7 +169,9 @@ async def serve_destination(options: argparse.Namespace) -> None:
     )
     registry = CollectorRegistry()
     topics = Topics(World.empty(mesh))
-    shared = answers.Answers(topics, answers.Metrics(registry, topics), options.own_pod, options.allow_anonymous)
+    metrics = answers.Metrics(registry, topics)
+    optional_tls = options.tls == "optional"
+    shared = answers.Answers(topics, metrics, options.own_pod, options.allow_anonymous, optional_tls)
     async with (
         connected(options.platform, View.DISCOVERY, "mantle-destination") as platform,
         asyncio.TaskGroup() as tasks,

@@ -21,6 +21,7 @@ from mantle.core.endpoints import (
     parse_path,
     profile,
     service_endpoints,
+    view_of,
 )
 from mantle.core.names import BadName
 from mantle.core.reasons import NotADestination
@@ -31,33 +32,35 @@ def handler(answers: Answers) -> grpc.GenericRpcHandler[Any, Any]:
     """The service, to be given to `grpc.aio.Server.add_generic_rpc_handlers`."""
 
     async def get(request: pb.GetDestination, context: Context) -> None:
-        await answers.admit(context, "Get", request.context_token)
+        caller = await answers.admit(context, "Get", request.context_token)
         target = parse_path(request.path, answers.topics.world.mesh.cluster_domain)
         if isinstance(target, AddressTarget):
             problem = f"{NotADestination.AN_ADDRESS}: found {request.path!r}, wanted a service's name"
             await answers.abort(context, "Get", Status(grpc.StatusCode.INVALID_ARGUMENT, problem))
         if isinstance(target, BadTarget):
             await answers.abort(context, "Get", Status(grpc.StatusCode.INVALID_ARGUMENT, str(target)))
+        view = view_of(answers.topics.world, caller)
         await answers.stream(
             context,
             "Get",
-            target,
-            lambda world: service_endpoints(world, target),
+            (target, view),
+            lambda world: service_endpoints(world.seen_as(view), target),
             endpoints_bytes,
             lambda _: None,
             depends_on(target),
         )
 
     async def get_profile(request: pb.GetDestination, context: Context) -> None:
-        await answers.admit(context, "GetProfile", request.context_token)
+        caller = await answers.admit(context, "GetProfile", request.context_token)
         target = parse_path(request.path, answers.topics.world.mesh.cluster_domain)
         if isinstance(target, BadTarget):
             await answers.abort(context, "GetProfile", Status(grpc.StatusCode.INVALID_ARGUMENT, str(target)))
+        view = view_of(answers.topics.world, caller)
         await answers.stream(
             context,
             "GetProfile",
-            target,
-            lambda world: profile(world, target),
+            (target, view),
+            lambda world: profile(world.seen_as(view), target),
             _profile_messages,
             _unnamed,
             depends_on(target),

@@ -243,7 +243,7 @@ _SETTINGS = (
     Setting("proxy-log-http-headers", _choice("off", "insecure"), "off or insecure", "whether debug logs show headers"),
     Setting("enable-external-profiles", _boolean, _BOOL, "profiles for names outside the cluster"),
     Setting("proxy-require-identity-inbound-ports", _ports, _PORTS, "ports that accept meshed clients only"),
-    Setting("tls", _choice("default", "optional"), "default or optional", "optional: the weaker, experimental mode"),
+    Setting("tls", _choice("required", "optional"), "required or optional", "optional: the weaker, experimental mode"),
     Setting("default-inbound-policy", _choice(*POLICIES), ", ".join(POLICIES), "who may connect where no policy says"),
     Setting("proxy-metrics-hostname-labels", _boolean, _BOOL, "host names as labels of outbound metrics"),
     Setting("proxy-outbound-connect-timeout", _duration, _DURATION, "for the proxy's connections to others (1000ms)"),

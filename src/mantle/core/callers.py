@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mantle.core.model import Key
 from mantle.core.names import BadName
 from mantle.core.reasons import CallerRefused
-from mantle.core.world import World
+from mantle.core.world import World, is_optional
 
 DIAGNOSING = "mantle-viz"
 """The service account of the control plane that may ask for every workload: it shows people what proxies are told."""
@@ -65,17 +65,26 @@ def parse_workload(text: str) -> Key | CallerDenied:
 
 
 def check_caller(
-    world: World, presented: Presented, workload: Key | None, own_pod: Key | None, allow_anonymous: bool
+    world: World,
+    presented: Presented,
+    workload: Key | None,
+    own_pod: Key | None,
+    allow_anonymous: bool,
+    optional_tls: bool = False,
 ) -> Caller | CallerDenied:
     """Whether the caller may be answered, speaking for `workload` (None: it named none).
 
     `own_pod` is this server's own pod, whose sidecar asks over loopback without an identity. `allow_anonymous` is for
     proxies that open their control streams before they have a certificate (linkerd2-proxy): their word is taken.
+    `optional_tls`: it is taken of pods of the experimental mode, which have no certificate that counts here.
     """
     if not presented.client_id:
         if presented.loopback and own_pod is not None and workload == own_pod:
             return Caller("", workload)
         if allow_anonymous:
+            return Caller("", workload)
+        named = None if workload is None else world.pods.get(workload)
+        if optional_tls and named is not None and is_optional(named.pod):
             return Caller("", workload)
         return CallerDenied(
             CallerRefused.ANONYMOUS,

@@ -18,7 +18,7 @@ from mantle.core.annotations import LABEL_CONTROL_NS
 from mantle.core.model import Key, Service, ServicePort, SliceEndpoint
 from mantle.core.names import BadName, is_label
 from mantle.core.reasons import NoIdentity, NotADestination
-from mantle.core.world import HEADLESS, PodFacts, Tag, World
+from mantle.core.world import HEADLESS, PodFacts, Tag, View, World, is_optional
 
 Address = tuple[str, int]
 """(IP as text, TCP port)"""
@@ -133,6 +133,14 @@ def depends_on(target: ServiceTarget | AddressTarget) -> tuple[Tag, ...]:
     return (("service", target.key),) if isinstance(target, ServiceTarget) else (("ip", target.ip),)
 
 
+def view_of(world: World, caller: Key | None) -> View:
+    """With whose eyes the pod that asks is answered; everybody else is of the default mode."""
+    facts = None if caller is None else world.pods.get(caller)
+    if facts is None:
+        return View.REQUIRED
+    return View.OPTIONAL if is_optional(facts.pod) else View.MIGRATING if facts.migrating else View.REQUIRED
+
+
 def service_endpoints(world: World, target: ServiceTarget) -> Endpoints:
     """The ready endpoints of a service's TCP port, in the order of their addresses: what its slices list where the
     platform has slices, else the pods that its selector matches.
@@ -200,7 +208,9 @@ def pod_endpoint(world: World, facts: PodFacts, port: int, ip: str = "") -> Endp
     if pod.owner.kind != "Pod":
         labels[pod.owner.kind.lower()] = pod.owner.name
     address = (ip or pod.ip, port)
-    identity: str | NoIdentity | BadName = NoIdentity.PORT_SKIPPED if port in facts.skipped else facts.identity
+    identity: str | NoIdentity | BadName = (
+        NoIdentity.PORT_SKIPPED if port in facts.skipped else _seen(facts, world.view)
+    )
     if isinstance(identity, BadName):
         return identity
     if isinstance(identity, NoIdentity):
@@ -215,6 +225,15 @@ def pod_endpoint(world: World, facts: PodFacts, port: int, ip: str = "") -> Endp
         return Endpoint(address, identity, None, Hint.OPAQUE if port in facts.opaque else Hint.NONE, fixed)
     hint = Hint.OPAQUE if port in facts.opaque else Hint.H2
     return Endpoint(address, identity, facts.inbound_port, hint, fixed)
+
+
+def _seen(facts: PodFacts, view: View) -> str | NoIdentity | BadName:
+    """The identity that a caller can verify and that will accept the caller, or why there is none."""
+    if facts.optional is not None:
+        return NoIdentity.OPTIONAL_TLS if view is View.REQUIRED else facts.optional
+    if view is View.OPTIONAL and isinstance(facts.identity, str) and not isinstance(facts.identity, NoIdentity):
+        return facts.identity if facts.migrating else NoIdentity.OPTIONAL_TLS
+    return facts.identity
 
 
 def profile(world: World, target: ServiceTarget | AddressTarget) -> Profile | BadName:

@@ -7,16 +7,15 @@ from files, needs no token, and its identity is its owner's. See `optional_tls.p
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from mantle.core.annotations import LABEL_COMPONENT, PREFIX, Mistake
 from mantle.core.names import BadName, MeshNames
-from mantle.core.optional_names import LABEL_TLS, OPTIONAL, OWNER, OptionalNames, Owner
+from mantle.core.optional_names import LABEL_TLS, MIGRATION, OPTIONAL, OWNER, OptionalNames, Owner
 
 VOLUME = "mantle-tls-optional"
 DIRECTORY = "/var/run/secrets/mantle.dev/tls-optional"
-MIGRATION = "mantle.dev/tls-migration"
-"""Annotation of a pod on its way to the default mode: `sha256:<hex of the roots' PEM> until:<time>`."""
 MIGRATION_VOLUME = "mantle-tls-migration"
 MIGRATION_DIRECTORY = "/var/run/mantle/tls-migration"
 MIGRATION_CONFIG = "mantle-tls-migration"
@@ -75,10 +74,14 @@ def accept_migration(pod: Object, names: OptionalNames, proxy: str) -> Mistake |
         return Mistake(MIGRATION, stated, "what `mantle migrate-tls` writes: sha256:<hex> until:<time>")
     spec = pod["spec"]
     sidecar = next(c for key in ("initContainers", "containers") for c in spec.get(key) or [] if c["name"] == proxy)
+    try:
+        until = int(datetime.fromisoformat(parts["until"]).timestamp())
+    except ValueError:
+        return Mistake(MIGRATION, stated, "a time after until:, such as 2026-11-24T09:00:00Z")
     sidecar["env"] += [
         {"name": "MANTLE_PROXY_IDENTITY_MIGRATION", "value": MIGRATION_DIRECTORY},
         {"name": "MANTLE_PROXY_IDENTITY_MIGRATION_ROOTS", "value": parts["sha256"]},
-        {"name": "MANTLE_PROXY_IDENTITY_MIGRATION_UNTIL", "value": parts["until"]},
+        {"name": "MANTLE_PROXY_IDENTITY_MIGRATION_UNTIL", "value": str(until)},
         {"name": "MANTLE_PROXY_IDENTITY_FILES_SUFFIX", "value": names.suffix},
     ]
     sidecar["volumeMounts"] += [{"name": MIGRATION_VOLUME, "mountPath": MIGRATION_DIRECTORY, "readOnly": True}]
@@ -91,10 +94,10 @@ def tls_mistakes(pod: Mapping[str, Any], installed: str) -> tuple[Mistake, ...]:
     mistakes = []
     if installed != OPTIONAL:
         mistakes.append(
-            Mistake(SETTING, OPTIONAL, "default: this mesh has no ca (`mantle install --tls=optional` adds one)")
+            Mistake(SETTING, OPTIONAL, "required: this mesh has no ca (`mantle install --tls=optional` adds one)")
         )
     if LABEL_COMPONENT in ((pod.get("metadata") or {}).get("labels") or {}):
-        mistakes.append(Mistake(SETTING, OPTIONAL, "default: the control plane is always of the default mode"))
+        mistakes.append(Mistake(SETTING, OPTIONAL, "required: the control plane is always of the default mode"))
     return tuple(mistakes)
 
 

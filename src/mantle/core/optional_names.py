@@ -17,6 +17,8 @@ LABEL_TLS = "mantle.dev/tls"
 OWNER = "mantle.dev/tls-owner"
 """Annotation of a pod: `kind/name` of the owner whose Secret it mounts."""
 OPTIONAL = "optional"
+MIGRATION = "mantle.dev/tls-migration"
+"""Annotation of a pod on its way to the default mode: `sha256:<hex of the roots' PEM> until:<time>`."""
 KINDS = (
     "deployment",
     "replicaset",

@@ -38,7 +38,7 @@ class Values:
     default_policy: str = "all-unauthenticated"
     interop: bool = False
     created_by: str = ""
-    tls: str = "default"
+    tls: str = "required"
     """What `mantle install --tls` was told: `optional` if there is a `ca` for pods of the experimental mode."""
     log: str = "warn,mantle=info"
     proxy_env: Mapping[str, str] = field(default_factory=dict)

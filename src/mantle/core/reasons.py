@@ -20,6 +20,7 @@ class NoTls(StrEnum):
     NOT_PROVIDED_BY_SERVICE_DISCOVERY = "not_provided_by_service_discovery"
     NOT_PROVIDED_BY_REMOTE = "not_provided_by_remote"
     PORT_SKIPPED = "port_skipped"
+    FAIL_OPEN = "fail_open"
 
 
 @unique
@@ -217,6 +218,8 @@ class NoIdentity(StrEnum):
     """The pod uses the host's network."""
     PROXY_NOT_STARTED = "proxy_not_started"
     """The pod is meshed, but its proxy never started."""
+    OPTIONAL_TLS = "optional_tls"
+    """One of the two is of the experimental mode `--tls=optional` and the other is not: neither can prove itself."""
     PORT_SKIPPED = "port_skipped"
     """The port bypasses the proxy (`skip-inbound-ports`)."""
     NOT_A_POD = "not_a_pod"

@@ -10,11 +10,13 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from typing import Generic, TypeVar
 
 from mantle.core.annotations import LABEL_CONTROL_NS, PREFIX, Config, port_ranges, read_config
 from mantle.core.model import EMPTY, Changes, EndpointSlice, Key, Namespace, Pod, Service, ServicePort, Snapshot
 from mantle.core.names import BadName, MeshNames, Workload
+from mantle.core.optional_names import LABEL_TLS, MIGRATION, OPTIONAL, OptionalNames, owner_of
 from mantle.core.pod_facts import DEFAULT_OPAQUE
 from mantle.core.reasons import NoIdentity
 
@@ -60,6 +62,17 @@ class Ports:
         return any(low <= port <= high for low, high in self.ranges)
 
 
+class View(Enum):
+    """With whose eyes the world is seen: what a caller's proxy can verify, and prove itself to."""
+
+    REQUIRED = auto()
+    """A proxy of the default mode."""
+    OPTIONAL = auto()
+    """A proxy of the experimental mode `--tls=optional`."""
+    MIGRATING = auto()
+    """A proxy of the default mode while its peers are being migrated from the experimental one."""
+
+
 @dataclass(frozen=True, slots=True)
 class PodFacts:
     """A pod and what its annotations, and its namespace's, say."""
@@ -69,6 +82,10 @@ class PodFacts:
     """Its DNS identity, or why it has none; a `BadName` is a meshed pod that can never be named: no endpoint, no
     plaintext.
     """
+    optional: str | None
+    """Its DNS identity in the experimental mode, if it is of that; `identity` is then why others see none."""
+    migrating: bool
+    """It is of the default mode, and accepts the experimental mode's identities while they are being migrated."""
     skipped: Ports
     opaque: Ports
     authenticated: Ports
@@ -107,6 +124,7 @@ class World:
     """The services that have an address in one of their slices."""
     touched: frozenset[Tag] = frozenset()
     """Answers that depend on one of these may differ from those of the world before; all others are as they were."""
+    view: View = View.REQUIRED
 
     @staticmethod
     def empty(mesh: Mesh) -> World:
@@ -115,6 +133,10 @@ class World:
     def next(self, snapshot: Snapshot) -> World:
         """The world of a newer snapshot. Costs what changed, and copies of the indices that did."""
         return _step(self, snapshot)
+
+    def seen_as(self, view: View) -> World:
+        """The same world with other eyes."""
+        return self if view is self.view else replace(self, view=view)
 
     def service_port_opaque(self, service: Service, port: ServicePort) -> bool:
         """Whether clients must not detect a protocol: the port's appProtocol, else the service's, namespace's or
@@ -134,9 +156,12 @@ def pod_facts(mesh: Mesh, pod: Pod, namespace: Namespace | None) -> PodFacts:
     """
     config, mistakes = read_config(pod.annotations, namespace.annotations if namespace else EMPTY)
     policy_mistaken = any(mistake.annotation == f"{PREFIX}default-inbound-policy" for mistake in mistakes)
+    identity = _identity(mesh, pod)
     return PodFacts(
         pod=pod,
-        identity=_identity(mesh, pod),
+        identity=NoIdentity.OPTIONAL_TLS if is_optional(pod) and not isinstance(identity, NoIdentity) else identity,
+        optional=None if isinstance(identity, NoIdentity) else _optional_identity(mesh, pod),
+        migrating=MIGRATION in pod.annotations,
         skipped=Ports(port_ranges(config.get("skip-inbound-ports", ""))),
         opaque=_opaque(config, {port.name: port.port for port in pod.ports if port.name}),
         authenticated=Ports(port_ranges(config.get("proxy-require-identity-inbound-ports", ""))),
@@ -152,7 +177,9 @@ def _once_meshed(before: PodFacts | None, now: PodFacts) -> PodFacts:
     """A pod whose proxy has run keeps its identity while that restarts: a crash must not turn clients to plaintext."""
     if before is None or before.pod.uid != now.pod.uid or now.identity is not NoIdentity.PROXY_NOT_STARTED:
         return now
-    return now if isinstance(before.identity, NoIdentity) else replace(now, identity=before.identity)
+    if isinstance(before.identity, NoIdentity) and before.optional is None:
+        return now
+    return replace(now, identity=before.identity, optional=before.optional)
 
 
 def _identity(mesh: Mesh, pod: Pod) -> str | NoIdentity | BadName:
@@ -166,6 +193,18 @@ def _identity(mesh: Mesh, pod: Pod) -> str | NoIdentity | BadName:
     if not pod.proxy_started:
         return NoIdentity.PROXY_NOT_STARTED
     return mesh.names.identity(Workload(pod.key.namespace, pod.service_account))
+
+
+def is_optional(pod: Pod) -> bool:
+    """Whether a pod is of the experimental mode, its proxy started or not."""
+    return pod.labels.get(LABEL_TLS) == OPTIONAL
+
+
+def _optional_identity(mesh: Mesh, pod: Pod) -> str | None:
+    """The identity of a pod of the experimental mode. One that cannot be named has none: that mode fails open."""
+    owner = owner_of(pod.labels, pod.annotations, pod.key.namespace)
+    name = None if owner is None else OptionalNames(mesh.names).identity(owner)
+    return name if isinstance(name, str) else None
 
 
 def _opaque(config: Config, named: Mapping[str, int]) -> Ports:

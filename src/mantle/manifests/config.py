@@ -352,6 +352,7 @@ def injection_values(values: InstallValues, trust_anchors: str, created_by: str 
         created_by=created_by,
         defaults={name: CONFIG[name].parse(text) for name, text in defaults.items()},
         api_server=",".join(values.api_server),
+        tls=values.tls,
     )
 
 

@@ -27,6 +27,8 @@ PART_OF, PART_OF_VALUE = "mantle.dev/part-of", "mantle"
 """The label of everything that `upgrade` may replace and `kubectl apply --prune` remove."""
 PROXY_REQUESTS: Mapping[str, str] = {"proxy-cpu-request": "20m", "proxy-memory-request": "24Mi"}
 """What the control plane's own proxies ask for where `proxy.cpuRequest` and `proxy.memoryRequest` say nothing."""
+ALONE = ("ca",)
+"""Components with one pod always: two of them would undo each other's work."""
 TRUST_ROOTS, ISSUER = "mantle-identity-trust-roots", "mantle-identity-issuer"
 """The ConfigMap and the Secret of the first tier: made once, never replaced, never pruned."""
 
@@ -109,7 +111,9 @@ def install_objects(
     # What answers the API server comes last: a webhook or an API whose program does not exist yet only makes it wait.
     last = [obj for obj in additions if obj["kind"] in ("MutatingWebhookConfiguration", "APIService")]
     objects = [objects[0], *roles, *objects[1:], *(obj for obj in additions if obj not in roles and obj not in last)]
-    objects = overlaid(objects, _read("cluster/overlay.yml", placeholders))
+    overlays = ["overlay.yml", *(["ca-overlay.yml"] if values.tls == "optional" else [])]
+    for name in overlays:
+        objects = overlaid(objects, _read(f"cluster/{name}", placeholders))
     injection = control_plane_injection(values, trust.roots)
     finished: list[Object] = []
     for obj in objects:
@@ -170,10 +174,10 @@ def _workload(
     known = {**placeholders, "COMPONENT": component}
     result = _merged(deployment, _read("cluster/workload.yml", known)[0])
     beside: list[Object] = []
-    if values.ha:
+    if values.ha and component not in ALONE:
         spread, *beside = _read("cluster/ha.yml", known)
         result = _merged(result, spread)
-    result["spec"]["replicas"] = values.running
+    result["spec"]["replicas"] = 1 if component in ALONE else values.running
     template = result["spec"]["template"]
     for container in template["spec"]["containers"]:
         container["image"] = (
