@@ -184,8 +184,7 @@ def test_every_container_but_the_redirect_is_restricted(native):
             assert context["capabilities"]["drop"] == ["ALL"]
             assert context["capabilities"].get("add", []) == (["NET_ADMIN"] if name == "mantle-init" else [])
             assert not any("hostPort" in port for port in container.get("ports", []))
-            if name != "mantle-init":
-                assert set(container["resources"]["requests"]) == {"cpu", "memory"}
+            assert set(container["resources"]["requests"]) == {"cpu", "memory"}
 
 
 # ---- two tiers ----

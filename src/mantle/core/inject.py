@@ -258,13 +258,16 @@ def _init_container(config: Config, values: Values, beside: str) -> Object:
         args += ["--skip-outbound-ports", skip_out]
     if subnets := ",".join(filter(None, (beside, config.get("skip-subnets")))):
         args += ["--skip-subnets", subnets]
-    return {
+    container: Object = {
         "name": INIT,
         **_image(config, values),
         "args": args,
         "securityContext": {**_confined(65534, ["NET_ADMIN"]), "runAsGroup": 65534},
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }
+    if resources := _resources(config):  # where a quota asks for them, it asks of every container
+        container["resources"] = resources
+    return container
 
 
 def _sidecar(config: Config, values: Values, env: list[Object]) -> Object:
