@@ -121,7 +121,7 @@ def test_uninstall_without_a_cluster_names_everything_and_the_namespace_last():
     assert result.exit_code == 0 and "--ignore-not-found" in result.stderr
     kinds = [d["kind"] for d in YAML(typ="safe", pure=True).load_all(result.stdout)]
     assert kinds[0] == "MutatingWebhookConfiguration" and kinds[-1] == "Namespace"
-    assert "PodDisruptionBudget" in kinds
+    assert "PodDisruptionBudget" in kinds and "name: mantle-ca\n" in result.stdout
 
 
 def test_upgrade_needs_a_cluster():

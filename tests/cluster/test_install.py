@@ -194,6 +194,18 @@ def test_prune_removes_what_is_obsolete_and_cannot_reach_the_ca(changed: ApiServ
     assert sorted(names(changed, "deployment")) == sorted(f"mantle-{c}" for c in COMPONENTS)
 
 
+def test_the_experimental_ca_comes_and_goes_and_may_not_read_the_issuer(changed: ApiServer):
+    changed.kubectl(*FULL_PRUNE, input=printed(changed, "upgrade", "--tls=optional"))
+    assert "mantle-ca" in names(changed, "deployment")
+    who = f"--as=system:serviceaccount:{NS}:mantle-ca"
+    for verb in ("get", "list", "watch", "patch", "delete"):
+        assert may_not(changed, verb, "secret/mantle-identity-issuer", "-n", NS, who), verb
+    assert may_not(changed, "list", "secrets", "-A", who)
+    changed.kubectl(*FULL_PRUNE, input=printed(changed, "upgrade", "--tls=required"))
+    for kind in ("deployment", "clusterrole", "clusterrolebinding", "role", "serviceaccount"):
+        assert "mantle-ca" not in names(changed, kind), kind
+
+
 def test_ha_comes_with_an_upgrade_is_remembered_and_goes_with_another(changed: ApiServer):
     changed.kubectl(*FULL_PRUNE, input=printed(changed, "upgrade", "--ha", "--set", "proxy.logLevel=debug"))
     assert len(names(changed, "poddisruptionbudget")) == len(COMPONENTS)

@@ -22,7 +22,9 @@ GIVEN = {
 }
 VALUES = {
     "defaults": InstallValues(),
-    "ha, experimental, a registry": load({"ha": True, "registry": "r.example/x", "proxy": {"opaquePorts": "25,80"}}),
+    "ha, experimental, a registry": load(
+        {"ha": True, "tls": "optional", "registry": "r.example/x", "proxy": {"opaquePorts": "25,80"}}
+    ),
     "an external issuer": InstallValues(external_issuer=True),
 }
 

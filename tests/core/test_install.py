@@ -106,7 +106,7 @@ def test_a_mesh_default_that_would_shut_the_control_plane_does_not_reach_it():
 
 
 def test_no_rule_has_a_wildcard():
-    rules = [rule for o in OBJECTS if o["kind"] in ("Role", "ClusterRole") for rule in o["rules"]]
+    rules = [rule for o in rendered(tls="optional") if o["kind"] in ("Role", "ClusterRole") for rule in o["rules"]]
     assert rules
     for rule in rules:
         for field in ("apiGroups", "resources", "verbs", "resourceNames", "nonResourceURLs"):
@@ -128,11 +128,24 @@ def test_each_component_may_follow_what_its_program_follows_and_nothing_more():
 
 
 def test_no_rule_reads_the_issuer():
-    for role in (o for o in OBJECTS if o["kind"] in ("Role", "ClusterRole")):
+    """The ca of the experimental mode writes Secrets everywhere, and reads its own."""
+    for role in (o for o in rendered(tls="optional") if o["kind"] in ("Role", "ClusterRole")):
         for rule in role["rules"]:
-            if "secrets" in rule.get("resources", []) and set(rule["verbs"]) != {"create"}:
+            if "secrets" in rule.get("resources", []) and set(rule["verbs"]) & {"get", "list", "watch", "patch"}:
+                name = role["metadata"]["name"]
                 assert role["kind"] == "Role"
-                assert rule["resourceNames"] == [f"{role['metadata']['name']}-tls"]
+                assert rule["resourceNames"] == ["mantle-ca" if name == "mantle-ca" else f"{name}-tls"]
+
+
+def test_the_ca_is_there_in_the_experimental_mode_alone_and_restricted_too():
+    assert not [o for o in OBJECTS if o["metadata"]["name"] == "mantle-ca"]
+    template = pod(rendered(tls="optional", ha=True), "ca")
+    assert {"mantle-init", "mantle-proxy", "ca"} == set(containers(template))
+    assert template["spec"]["automountServiceAccountToken"] is False
+    context = {**template["spec"]["securityContext"], **containers(template)["ca"]["securityContext"]}
+    assert (
+        context["readOnlyRootFilesystem"] and context["runAsNonRoot"] and context["capabilities"] == {"drop": ["ALL"]}
+    )
 
 
 def test_the_issuer_is_mounted_by_identity_alone():

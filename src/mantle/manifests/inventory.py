@@ -74,7 +74,7 @@ def selector(namespace: str) -> Mapping[str, str]:
 
 def possible(namespace: str) -> list[dict[str, Any]]:
     """References to everything that any install into `namespace` could have made, in the order to delete it."""
-    values = InstallValues(control_namespace=namespace, ha=True)
+    values = InstallValues(control_namespace=namespace, ha=True, tls="optional")
     rendered = install_objects(values, TrustMaterial("-", "-", "-"))
     return in_order((obj["kind"], *identify(obj)[1:]) for obj in rendered)
 
