@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from mantle.platform.machine import namespaces
 from mantle.platform.machine.netlink import Route
 from mantle.platform.machine.places import state_root
 
@@ -310,6 +311,25 @@ def test_wrong_files_start_nothing(host: Any, mantle_proxy: Path) -> None:
         assert not state_root().exists() and not processes()
 
     host.play(scene, seconds=60, prepare=lambda: prepare(mantle_proxy))
+
+
+def test_what_the_machine_lacks_and_what_is_wrong_with_files_is_said_at_once(
+    root_host: Any, mantle_proxy: Path
+) -> None:
+    """In a user namespace of its own, whose limits may be set without touching the host's."""
+
+    async def scene() -> None:
+        file = Path(write_app(Path("/run/app")))
+        file.write_text(file.read_text().replace("image: acme/sleep", "image: acme/slep"))
+        namespaces.enter_user_namespace(1234, 1234)
+        Path("/proc/sys/user/max_user_namespaces").write_text("0")
+        said = await mantle("up", "-d", str(file), code=1)
+        assert "user namespaces are turned off" in said and "sysctl -w user.max_user_namespaces" in said, said
+        assert "the image acme/slep is not mapped" in said, said
+        assert "user namespaces are turned off" in await mantle("demo", code=1)
+        assert not state_root().exists() and not processes()
+
+    root_host.play(scene, seconds=60, prepare=lambda: prepare(mantle_proxy))
 
 
 def test_up_in_the_foreground_ends_with_ctrl_c(host: Any, mantle_proxy: Path) -> None:

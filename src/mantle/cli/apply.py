@@ -90,15 +90,15 @@ def _sudo_user() -> dict[str, Any] | None:
     return {"uid": entry.pw_uid, "gid": entry.pw_gid, "groups": groups, "home": entry.pw_dir}
 
 
-def check_alone(body: Mapping[str, Any]) -> None:
-    """The same checks that the daemon makes, before there is one: a file that is wrong starts nothing. Raises
-    `Failure`.
+def check_alone(body: Mapping[str, Any], also: Sequence[Problem] = ()) -> None:
+    """The same checks that the daemon makes, before there is one: a file that is wrong starts nothing. Raises `Failure`
+    with every mistake, and with what else is known to be wrong.
     """
     from mantle.platform.machine.preview import mistakes
 
-    wrong = mistakes(body)
-    if wrong:
-        raise Failure.of([Problem(m.message, m.fix or None, m.file or None, m.line or None) for m in wrong])
+    wrong = [Problem(m.message, m.fix or None, m.file or None, m.line or None) for m in mistakes(body)]
+    if problems := [*also, *wrong]:
+        raise Failure.of(problems)
 
 
 def lines(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, bool]]:

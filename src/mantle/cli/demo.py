@@ -19,7 +19,7 @@ import click
 
 from mantle.cli.apply import check_alone, lines, request
 from mantle.cli.duration import seconds_of
-from mantle.cli.launch import Launch, check_name, ensure, is_running, preflight, refuse_foreign
+from mantle.cli.launch import Launch, check_name, ensure, is_running, obstacles, refuse_foreign
 from mantle.cli.machine_client import MachineClient
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Failure, Problem, json_text, write
@@ -57,9 +57,8 @@ def command(flags: Globals, duration: str | None, port: int) -> int:
             fix=f"`mantle down --mesh {mesh}`, or give the demo another name with --mesh",
         )
     refuse_foreign(mesh)
-    preflight()
     body = request([str(bundled())], (), None, UP_TIMEOUT)
-    check_alone(body)
+    check_alone(body, obstacles())
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     demo = _Demo(mesh, output == "json", port, seconds)

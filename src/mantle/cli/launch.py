@@ -95,16 +95,19 @@ def ensure(mesh: str, launch: Launch) -> tuple[MachineClient, bool]:
 
 
 def preflight() -> None:
-    """What this machine lacks for a mesh, all of it at once. Raises `Failure`."""
+    """Raises `Failure` with all that this machine lacks for a mesh."""
+    if lacks := obstacles():
+        raise Failure.of(lacks)
+
+
+def obstacles() -> list[Problem]:
+    """What this machine lacks for a mesh, all of it at once."""
     if sys.platform != "linux":
-        raise Failure(
-            "a mesh on one machine needs Linux", fix="use a Linux machine, or a Linux virtual machine on this one"
-        )
+        fix = "use a Linux machine, or a Linux virtual machine on this one"
+        return [Problem("a mesh on one machine needs Linux", fix)]
     from mantle.platform.machine.namespaces import probe
 
-    blocked = [Problem(f.message, f.fix) for f in probe() if f.fatal]
-    if blocked:
-        raise Failure.of(blocked)
+    return [Problem(f.message, f.fix) for f in probe() if f.fatal]
 
 
 def start(mesh: str, launch: Launch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mantle.cli.apply import check_alone, lines, request
-from mantle.cli.launch import DEFAULT_MESH, Launch, check_name, ensure, is_running, preflight, refuse_foreign
+from mantle.cli.launch import DEFAULT_MESH, Launch, check_name, ensure, is_running, obstacles, refuse_foreign
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Failure
 
@@ -66,8 +66,7 @@ def command(
     body = request(files, images, flags.namespace, timeout)
     if not is_running(mesh):
         refuse_foreign(mesh)
-        preflight()
-        check_alone(body)
+        check_alone(body, obstacles())
     launch = Launch(pod_cidr, service_cidr, issuance_lifetime, proxy_env)
     if not detach:
         signal.signal(signal.SIGTERM, _interrupt)
