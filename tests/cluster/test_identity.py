@@ -197,6 +197,10 @@ async def test_identity_without_its_rights_says_which(
         assert isinstance(refused, ca.Refusal)
         assert refused.reason == CertifyRefused.PLATFORM_UNAVAILABLE
         assert "create tokenreviews.authentication.k8s.io" in str(refused)
+        async with asyncio.timeout(10):
+            while not play.platform.denied():
+                await asyncio.sleep(0.05)
+        assert "apply `mantle install` again" in play.platform.denied()
 
 
 async def test_destination_sees_all_it_needs_with_its_own_rights(

@@ -4,7 +4,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -12,10 +14,13 @@ from mantle.core.model import Key, Owner, Snapshot
 from mantle.core.reasons import TokenReason
 from mantle.platform.kubernetes.client import from_kubeconfig
 from mantle.platform.kubernetes.reflector import Timing
+from mantle.platform.kubernetes.tokens import REVIEW_TIMEOUT
 from mantle.platform.kubernetes.world import DISCOVERY, IDENTITY, Kind, KubernetesPlatform, running
 from mantle.platform.port import TokenClaims, TokenRejected
 
 from .apiserver import ApiServer
+from .test_reflector import client_through
+from .wire import wire
 
 AUDIENCE = "identity.mantle.dev"
 QUICK = Timing(server=(2.0, 2.0), margin=1.0)
@@ -293,6 +298,36 @@ async def test_the_token_of_a_pod_that_is_gone_is_refused(api_server: ApiServer,
         assert isinstance(refused, TokenRejected)
         # The API server keeps its own cache of pods for a moment; what it then accepts, our look at the pod refuses.
         assert refused.reason in (TokenReason.POD_GONE, TokenReason.NOT_AUTHENTICATED)
+
+
+async def test_a_silent_api_server_does_not_hold_up_certificates(api_server: ApiServer, tmp_path: Path) -> None:
+    """Requests arrive nowhere and nobody says so. The keys answer, and the next ones do not wait for the server."""
+    namespace = await asyncio.to_thread(api_server.new_namespace, "silent")
+    await asyncio.to_thread(apply, api_server, namespace, a_pod("web"))
+    await asyncio.to_thread(run_pod, api_server, namespace, "web", "10.9.0.9")
+    options = ("--audience=identity.mantle.dev", *BOUND)
+    token = (await asyncio.to_thread(api_server.token, namespace, "default", *options)).encode()
+    port = urlsplit(api_server.url).port
+    assert port
+    clock = asyncio.get_running_loop().time
+    async with (
+        wire(port) as relay,
+        client_through(api_server, relay.port, tmp_path) as client,
+        running(client, IDENTITY, Timing(server=(20.0, 20.0), margin=5.0)) as made,
+    ):
+        async for snapshot in made.watch():
+            if Key(namespace, "web") in snapshot.pods:
+                break
+        await made.tokens.fetch_keys()
+        relay.go_silent()
+        took = []
+        for _ in range(3):
+            began = clock()
+            assert isinstance(await made.review_token(token, [AUDIENCE]), TokenClaims)
+            took.append(clock() - began)
+        assert made.tokens.reviews == {("keys", "accepted"): 3}
+        assert REVIEW_TIMEOUT <= took[0] < REVIEW_TIMEOUT + 1.5
+        assert max(took[1:]) < 0.5
 
 
 async def review(server: ApiServer, made: KubernetesPlatform, token: bytes, way: str) -> TokenClaims | TokenRejected:

@@ -104,7 +104,8 @@ async def serve_identity(options: argparse.Namespace) -> None:
         def not_ready() -> str:
             current = issuer.current
             state = check_issuer(current, now()) if isinstance(current, Issuer) else current
-            return str(state) if isinstance(state, Refusal) else ""
+            # What the platform does not know yet, it can still be asked about: only a missing right is final.
+            return str(state) if isinstance(state, Refusal) else platform.denied()
 
         watcher = tasks.create_task(_refresh(issuer))
         # A request holds an identity, a token and a CSR: nothing larger is read.

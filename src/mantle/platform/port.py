@@ -92,6 +92,10 @@ class ConnectedPlatform(Platform, Protocol):
         """What is not known yet and why, for `/ready`; empty once `watch` has something to say."""
         ...
 
+    def denied(self) -> str:
+        """Which right is missing, without which no token can be reviewed; empty if none is known to be."""
+        ...
+
     def counts(self) -> Iterable[Count]:
         """What is counted of the platform's own work, for `/metrics`."""
         ...

@@ -104,6 +104,10 @@ class RemotePlatform:
         """Nothing but the daemon itself."""
         return "" if self._spoke else "no word from the machine's daemon"
 
+    def denied(self) -> str:
+        """The socket is the right."""
+        return ""
+
     def counts(self) -> Iterable[Count]:
         """The daemon counts for itself."""
         return ()

@@ -35,6 +35,8 @@ from mantle.platform.port import PlatformUnavailable, TokenClaims, TokenRejected
 log = logging.getLogger(__name__)
 
 REVIEW_PATH = "/apis/authentication.k8s.io/v1/tokenreviews"
+RIGHT_PATH = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+AGAIN = "apply `mantle install` again"
 REVIEW_TIMEOUT = 1.5
 """Seconds the API server may take over a token: a proxy waits for its first certificate."""
 ADDRESS_PATIENCE = 0.8
@@ -224,7 +226,7 @@ def _check(response: httpx2.Response, right: str) -> None:
         response.raise_for_status()
     if response.status_code not in (200, 201):
         problem = f"the API server refused to {right}: {response.status_code} {response.text[:300]}"
-        fix = f"give identity's service account the right to {right}: apply `mantle install` again"
+        fix = f"give identity's service account the right to {right}: {AGAIN}"
         raise PlatformUnavailable(problem, fix)
 
 
@@ -242,6 +244,8 @@ class TokenReviewer:
         self._client, self._pods, self._accounts, self._copies, self._now = client, pods, accounts, copies, now
         self._keys: Keys | None = None
         self._ask_again_at = 0.0
+        self.denied = ""
+        """Why no token can be reviewed, as far as that is known: a missing right."""
         self.reviews: Counter[tuple[str, str]] = Counter()
         """How many, by way (`api`, `keys`) and result (`accepted`, or the reason)."""
 
@@ -263,13 +267,16 @@ class TokenReviewer:
         return self._counted("keys", self._by_keys(token, audiences, problem))
 
     async def keep_keys(self) -> None:
-        """Keeps the cluster's keys at hand, for ever. Without them reviews need the API server."""
+        """Keeps the cluster's keys at hand, for ever, and knows whether tokens may be reviewed at all. Without keys
+        reviews need the API server.
+        """
         complaint = ""
         while True:
             try:
+                self.denied = await self._denied()
                 await self.fetch_keys()
                 complaint = ""
-            except (httpx2.HTTPError, ValueError, JoseError, msgspec.MsgspecError) as error:
+            except (httpx2.HTTPError, ValueError, KeyError, JoseError, msgspec.MsgspecError) as error:
                 problem = f"{type(error).__name__} {error}".strip()
                 if problem != complaint:
                     log.warning("the cluster's token keys cannot be read (%s)", problem)
@@ -285,6 +292,23 @@ class TokenReviewer:
         found = KeySet.import_key_set(msgspec.json.decode(keys.content))
         issuer = msgspec.json.decode(about.content).get("issuer", "")
         self._keys = Keys(issuer, found, asyncio.get_running_loop().time())
+
+    async def _denied(self) -> str:
+        """What keeps this service account from reviewing tokens; empty if nothing does."""
+        attributes = {"group": "authentication.k8s.io", "resource": "tokenreviews", "verb": "create"}
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "metadata": {},
+            "spec": {"resourceAttributes": attributes},
+        }
+        response = await self._client.http.post(RIGHT_PATH, json=body)
+        response.raise_for_status()
+        allowed = msgspec.json.decode(response.content)["status"].get("allowed") is True
+        problem = "" if allowed else "this service account may not create tokenreviews.authentication.k8s.io: " + AGAIN
+        if problem and problem != self.denied:
+            log.error("%s", problem)
+        return problem
 
     async def _ask(self, token: bytes, audiences: Sequence[str]) -> TokenClaims | TokenRejected:
         body = {

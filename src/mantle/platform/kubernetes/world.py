@@ -91,6 +91,10 @@ class KubernetesPlatform:
             name = (("kind", kind.value),)
             yield Count("mantle_platform_lists", "Complete lists: one, and one after each loss.", name, reflector.lists)
 
+    def denied(self) -> str:
+        """Whether tokens may be reviewed."""
+        return self.tokens.denied
+
     def missing(self) -> str:
         """Which kinds have not been listed yet, and why; empty once all have."""
         waiting = (
