@@ -5,7 +5,7 @@
 //! so this file reads no environment, no clock and no file. Nothing inside the program re-checks what is parsed here.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -193,13 +193,15 @@ impl Env<'_> {
         let cluster_networks = self.or_default("POLICY_CLUSTER_NETWORKS", Vec::new(), NETWORKS, networks);
         let outbound =
             self.or_default("OUTBOUND_LISTEN_ADDRS", (Ipv4Addr::LOCALHOST, 4140).into(), ADDRESSES, first_address);
+        let inbound_ips = self.or_default("INBOUND_IPS", Vec::new(), "a comma-separated list of IP addresses", ips);
+        let dual = inbound_ips.iter().any(|ip| ip.is_ipv6() && !ip.is_loopback());
         // Fields are evaluated as written: the early returns come last, so that every mistake is found.
         Some(Config {
             default_policy: self.default_policy(&cluster_networks),
             cluster_networks,
             profile_networks: self.or_default("DESTINATION_PROFILE_NETWORKS", Vec::new(), NETWORKS, networks),
             destination_context: self.value("DESTINATION_CONTEXT").map(|(_, value)| value).unwrap_or_default(),
-            inbound_ips: self.or_default("INBOUND_IPS", Vec::new(), "a comma-separated list of IP addresses", ips),
+            inbound_ips,
             inbound_ports: self.or_default("INBOUND_PORTS", PortSet::default(), PORTS, port_set),
             opaque_ports: self.or_default(
                 "INBOUND_PORTS_DISABLE_PROTOCOL_DETECTION",
@@ -209,20 +211,14 @@ impl Env<'_> {
             ),
             identity_ports: self.or_default("INBOUND_PORTS_REQUIRE_IDENTITY", PortSet::default(), PORTS, port_set),
             client_addr_ports: self.or_default("INBOUND_CLIENT_ADDR_PORTS", PortSet::default(), PORTS, port_set),
-            outbound_listen: self.or_default("OUTBOUND_LISTEN_ADDR", outbound, ADDRESS, from_str),
-            inbound_listen: self.or_default(
-                "INBOUND_LISTEN_ADDR",
-                (Ipv4Addr::UNSPECIFIED, 4143).into(),
-                ADDRESS,
-                from_str,
-            ),
-            control_listen: self.or_default(
-                "CONTROL_LISTEN_ADDR",
-                (Ipv4Addr::UNSPECIFIED, 4190).into(),
-                ADDRESS,
-                from_str,
-            ),
-            admin_listen: self.or_default("ADMIN_LISTEN_ADDR", (Ipv4Addr::LOCALHOST, 4191).into(), ADDRESS, from_str),
+            // The redirect sends IPv6 to `::1`. From outside nobody gets there: that port is redirected as well.
+            outbound_listen: match self.or_default("OUTBOUND_LISTEN_ADDR", outbound, ADDRESS, from_str) {
+                SocketAddr::V4(v4) if dual => (Ipv6Addr::UNSPECIFIED, v4.port()).into(),
+                other => other,
+            },
+            inbound_listen: self.listen("INBOUND_LISTEN_ADDR", (Ipv4Addr::UNSPECIFIED, 4143), dual),
+            control_listen: self.listen("CONTROL_LISTEN_ADDR", (Ipv4Addr::UNSPECIFIED, 4190), dual),
+            admin_listen: self.listen("ADMIN_LISTEN_ADDR", (Ipv4Addr::LOCALHOST, 4191), dual),
             tap_svc_name: self.parsed("TAP_SVC_NAME", IDENTITY, dns_name),
             inbound_connect_timeout: self.duration("INBOUND_CONNECT_TIMEOUT", Duration::from_millis(300)),
             outbound_connect_timeout: self.duration("OUTBOUND_CONNECT_TIMEOUT", Duration::from_secs(1)),
@@ -243,6 +239,14 @@ impl Env<'_> {
             policy: policy?,
             policy_workload: policy_workload?,
         })
+    }
+
+    /// Where to listen. In a pod with an IPv6 address (`dual`), "everywhere" means both families: one socket on `[::]`.
+    fn listen(&mut self, name: &str, default: (Ipv4Addr, u16), dual: bool) -> SocketAddr {
+        match self.or_default(name, default.into(), ADDRESS, from_str) {
+            SocketAddr::V4(v4) if dual && v4.ip().is_unspecified() => (Ipv6Addr::UNSPECIFIED, v4.port()).into(),
+            other => other,
+        }
     }
 
     fn identity(&mut self) -> Option<IdentityConfig> {

@@ -37,7 +37,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const USAGE: &str =
     "usage: mantle-proxy [run]                        serve, configured by MANTLE_PROXY_* in the environment
-       mantle-proxy redirect install|verify|remove  the packet rules that bring a pod's traffic (--help)
+       mantle-proxy redirect install|verify|guard|remove  the packet rules that bring a pod's traffic (--help)
        mantle-proxy --version";
 
 fn main() -> ExitCode {

@@ -1,4 +1,4 @@
-//! `mantle-proxy redirect install|verify|remove`: the rules that bring a pod's TCP connections to its proxy.
+//! `mantle-proxy redirect install|verify|guard|remove`: the rules that bring a pod's TCP connections to its proxy.
 //!
 //! One table `inet mantle` (so that IPv6 cannot leak), one atomic netlink transaction, no other program needed. It acts on
 //! the network namespace it is run in: the pod's, from the init container that injection adds. The same code serves
@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+mod guard;
 mod nft;
 mod privilege;
 #[cfg(test)]
@@ -21,10 +22,10 @@ mod tests;
 use nft::{Batch, Chain, Hook, Nft};
 
 const TABLE: &str = "mantle";
-const USAGE: &str = "usage: mantle-proxy redirect install|verify|remove [--inbound-port 4143] [--outbound-port 4140] \
+const USAGE: &str = "usage: mantle-proxy redirect install|verify|guard|remove [--inbound-port 4143] [--outbound-port 4140] \
     [--proxy-uid UID] [--proxy-mark MARK] [--skip-inbound-ports 4190,4191] [--skip-outbound-ports PORTS] \
     [--skip-subnets NETWORKS]\n\
-    PORTS are like 25,587 or 8000-8010, NETWORKS like 10.1.0.0/16,fd00::/8. install and verify need at least one of --proxy-uid and --proxy-mark.";
+    PORTS are like 25,587 or 8000-8010, NETWORKS like 10.1.0.0/16,fd00::/8. install, verify and guard need at least one of --proxy-uid and --proxy-mark.";
 
 /// What is redirected where, and who is exempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +59,7 @@ struct PortRange {
 enum Command {
     Install(Rules),
     Verify(Rules),
+    Guard(Rules),
     Remove,
 }
 
@@ -89,6 +91,9 @@ pub(crate) fn main(args: &[String]) -> ExitCode {
     if let Err(error) = privilege::take_up_net_admin() {
         eprintln!("mantle-proxy redirect: taking up the capability NET_ADMIN: {error}");
         return ExitCode::FAILURE;
+    }
+    if let Command::Guard(rules) = command {
+        return guard::main(rules);
     }
     match run(&command) {
         Ok(done) => {
@@ -122,7 +127,8 @@ fn run(command: &Command) -> Result<String, Error> {
             let tried = try_connection(rules)?;
             Ok(format!("redirect verified: the rules are exactly the ones asked for; {tried}"))
         }
-        Command::Remove => {
+        // Guarding does not end by itself: `main` has taken it.
+        Command::Guard(_) | Command::Remove => {
             remove()?;
             Ok("redirect removed".to_owned())
         }
@@ -294,7 +300,7 @@ fn parse(args: &[String]) -> Result<Command, Vec<String>> {
     while let Some(arg) = rest.next() {
         if !arg.starts_with("--") {
             if verb.replace(arg.as_str()).is_some() {
-                mistakes.push(format!("`{arg}`: one of install, verify, remove is enough"));
+                mistakes.push(format!("`{arg}`: one of install, verify, guard, remove is enough"));
             }
             continue;
         }
@@ -327,16 +333,19 @@ fn parse(args: &[String]) -> Result<Command, Vec<String>> {
         }
     }
     let exempt = rules.proxy_uid.is_some() || rules.proxy_mark.is_some();
-    if !exempt && matches!(verb, Some("install" | "verify")) {
+    if !exempt && matches!(verb, Some("install" | "verify" | "guard")) {
         mistakes
             .push("without --proxy-uid or --proxy-mark the proxy's own connections would come back to it".to_owned());
     }
     let command = match verb {
         Some("install") => Command::Install(rules),
         Some("verify") => Command::Verify(rules),
+        Some("guard") => Command::Guard(rules),
         Some("remove") => Command::Remove,
-        Some(other) => return Err([mistakes, vec![format!("`{other}` is none of install, verify, remove")]].concat()),
-        None => return Err([mistakes, vec!["say what to do: install, verify or remove".to_owned()]].concat()),
+        Some(other) => {
+            return Err([mistakes, vec![format!("`{other}` is none of install, verify, guard, remove")]].concat());
+        }
+        None => return Err([mistakes, vec!["say what to do: install, verify, guard or remove".to_owned()]].concat()),
     };
     if mistakes.is_empty() { Ok(command) } else { Err(mistakes) }
 }

@@ -88,6 +88,9 @@ pub(crate) fn listen(addr: SocketAddr, share: bool) -> io::Result<std::net::TcpL
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(share)?;
+    if addr.is_ipv6() {
+        socket.set_only_v6(false)?; // whatever the sysctl says: IPv4 comes as mapped addresses
+    }
     socket.set_nonblocking(true)?;
     set_options(&socket)?; // accepted sockets inherit them
     socket.bind(&addr.into())?;

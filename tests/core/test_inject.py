@@ -118,6 +118,45 @@ def test_the_redirect_has_one_capability_and_the_proxy_none():
     assert (context["readOnlyRootFilesystem"], context["allowPrivilegeEscalation"]) == (True, False)
 
 
+CLUSTER = Values("1.2.3", "ROOTS", ("10.203.0.0/16",), inject_by_default=True, guard=True)
+
+
+def test_on_a_cluster_a_guard_stays_with_the_redirects_own_flags():
+    injected = meshed(initContainers=[{"name": "migrate"}], values=CLUSTER)
+    order = [c["name"] for c in injected["spec"]["initContainers"]]
+    assert order == ["mantle-init", "mantle-guard", "mantle-proxy", "migrate"]
+    init, guard = container(injected, "mantle-init"), container(injected, "mantle-guard")
+    assert guard["args"] == ["redirect", "guard", *init["args"][2:]]
+    assert (guard["restartPolicy"], "restartPolicy" in init) == ("Always", False)
+    assert guard["securityContext"] == init["securityContext"]
+    assert inject_pod(injected, namespace(), CLUSTER, ("Deployment", "web")).pod == injected
+    assert "mantle-guard" not in str(uninject_pod(injected))
+
+
+def test_a_classic_guard_is_an_ordinary_container_and_can_be_left_out():
+    classic = meshed({"config.mantle.dev/proxy-enable-native-sidecar": "false"}, values=CLUSTER)
+    assert [c["name"] for c in classic["spec"]["initContainers"]] == ["mantle-init"]
+    assert [c["name"] for c in classic["spec"]["containers"]] == ["mantle-proxy", "mantle-guard", "app"]
+    without = meshed({"config.mantle.dev/redirect-guard": "disabled"}, values=CLUSTER)
+    assert [c["name"] for c in without["spec"]["initContainers"]] == ["mantle-init", "mantle-proxy"]
+
+
+def test_where_the_proxy_has_bounds_so_has_the_guard_small_ones():
+    """A namespace with a quota takes no container without."""
+    bounds = {"config.mantle.dev/proxy-cpu-request": "100m", "config.mantle.dev/proxy-memory-limit": "64Mi"}
+    injected = meshed(bounds, values=CLUSTER)
+    assert container(injected, "mantle-init")["resources"] == container(injected, "mantle-proxy")["resources"]
+    guard = container(injected, "mantle-guard")["resources"]
+    assert guard == {"requests": {"cpu": "10m"}, "limits": {"memory": "16Mi"}}
+
+
+def test_the_debug_container_may_capture_whatever_the_pod_says_of_its_users():
+    injected = meshed({"config.mantle.dev/enable-debug-sidecar": "true"}, securityContext={"runAsNonRoot": True})
+    context = container(injected, "mantle-debug")["securityContext"]
+    assert (context["runAsUser"], context["runAsNonRoot"]) == (0, False)
+    assert "NET_RAW" in context["capabilities"]["add"]
+
+
 def test_without_root_the_proxy_is_exempt_by_its_mark():
     injected = meshed(values=Values("1", "ROOTS", (), inject_by_default=True, mark=0x6D))
     args = container(injected, "mantle-init")["args"]
@@ -288,8 +327,9 @@ DEBUG_IMAGE = {"debug-image", "debug-image-version", "debug-image-pull-policy"}
 
 
 def test_every_annotation_has_its_effect_written_down_here():
-    # tests/core/test_optional_tls.py: the mesh must be installed for it; test_endpoints.py: it concerns clients
-    elsewhere = {"tls", "transport-mode"}
+    # tests/core/test_optional_tls.py: the mesh must be installed for it; test_endpoints.py: it concerns clients; and
+    # above, as it is for clusters only
+    elsewhere = {"tls", "transport-mode", "redirect-guard"}
     assert set(ANNOTATION_EFFECTS) | DEBUG_IMAGE | elsewhere == set(CONFIG)
 
 

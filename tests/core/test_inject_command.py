@@ -89,8 +89,8 @@ def test_what_is_no_file_says_what_to_do(tmp_path: Path):
     binary = tmp_path / "binary.yml"
     binary.write_bytes(b"\xff\xfe")
     assert str(inject("", str(binary)).exception) == f"cannot read {binary}: it is not UTF-8 text"
-    away = inject("", "https://example.com/app.yml").exception
-    assert str(away) == "https://example.com/app.yml is not a file"
+    away = inject("", "ftp://example.com/app.yml").exception
+    assert str(away) == "ftp://example.com/app.yml is neither an https nor an http URL"
 
 
 def test_styles_that_only_a_writer_can_change_are_still_injected():
@@ -231,7 +231,7 @@ def test_manual_renders_the_sidecar_and_can_be_repeated(tmp_path: Path):
     roots.write_text("PEM\n")
     once = inject(WEB, "-", "--manual", "--trust-anchors", str(roots))
     template = YAML(typ="safe").load(once.stdout)["spec"]["template"]
-    assert [c["name"] for c in template["spec"]["initContainers"]] == ["mantle-init", "mantle-proxy"]
+    assert [c["name"] for c in template["spec"]["initContainers"]] == ["mantle-init", "mantle-guard", "mantle-proxy"]
     assert template["metadata"]["labels"]["mantle.dev/proxy-deployment"] == "web"
     assert "# keep me" in once.stdout and "'acme/web:1.4'" in once.stdout
     twice = inject(once.stdout, "-", "--manual", "--trust-anchors", str(roots))

@@ -72,7 +72,7 @@ def test_each_component_has_its_deployment_account_and_service():
 def test_the_control_plane_comes_with_its_proxies_and_needs_no_webhook():
     for component in COMPONENTS:
         template = pod(OBJECTS, component)
-        assert {"mantle-init", "mantle-proxy", component} == set(containers(template))
+        assert {"mantle-init", "mantle-guard", "mantle-proxy", component} == set(containers(template))
     for hook in find(OBJECTS, "MutatingWebhookConfiguration", "mantle-injector")["webhooks"]:
         (never,) = [
             e for e in hook["namespaceSelector"]["matchExpressions"] if e["key"] == "kubernetes.io/metadata.name"
@@ -191,11 +191,12 @@ def test_every_container_but_the_redirect_is_restricted(native):
         for name, container in containers(template).items():
             context = {**spec["securityContext"], **container["securityContext"]}
             assert context["runAsNonRoot"] is True and context["runAsUser"] > 0
+            redirect = name in ("mantle-init", "mantle-guard")
             assert context["seccompProfile"] == {"type": "RuntimeDefault"}
             assert context["allowPrivilegeEscalation"] is False
             assert context["readOnlyRootFilesystem"] is True
             assert context["capabilities"]["drop"] == ["ALL"]
-            assert context["capabilities"].get("add", []) == (["NET_ADMIN"] if name == "mantle-init" else [])
+            assert context["capabilities"].get("add", []) == (["NET_ADMIN"] if redirect else [])
             assert not any("hostPort" in port for port in container.get("ports", []))
             assert set(container["resources"]["requests"]) == {"cpu", "memory"}
 

@@ -68,6 +68,20 @@ fn linkerds_names_are_read_and_ours_win() {
 }
 
 #[test]
+fn a_pod_with_an_ipv6_address_is_listened_to_on_both_families() {
+    let config = ok(&[
+        ("MANTLE_PROXY_INBOUND_IPS", "10.203.0.5,fd00::5"),
+        ("MANTLE_PROXY_OUTBOUND_LISTEN_ADDR", "127.0.0.1:4140"),
+        ("MANTLE_PROXY_CONTROL_LISTEN_ADDR", "127.0.0.1:4190"),
+    ]);
+    assert_eq!(config.outbound_listen, "[::]:4140".parse().expect("addr"));
+    assert_eq!(config.inbound_listen, "[::]:4143".parse().expect("addr"));
+    assert_eq!(config.control_listen, "127.0.0.1:4190".parse().expect("addr"), "said by name");
+    let only_v4 = ok(&[("MANTLE_PROXY_INBOUND_IPS", "10.203.0.5,::1")]);
+    assert_eq!(only_v4.inbound_listen, "0.0.0.0:4143".parse().expect("addr"));
+}
+
+#[test]
 fn every_value_format_is_accepted() {
     let config = ok(&[
         ("MANTLE_PROXY_INBOUND_PORTS", "443, 80,1-5,4-9"),

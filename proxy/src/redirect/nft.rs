@@ -4,6 +4,7 @@
 //! what was sent can be compared with what the kernel says it holds.
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -203,6 +204,27 @@ impl Nft {
             .map_err(kernel("opening a netfilter netlink socket"))
     }
 
+    /// A socket that is told of every change to the namespace's tables; `news` returns after `patience` without any.
+    pub(super) fn subscribe(patience: Duration) -> Result<Self, Error> {
+        let mut nft = Self::open()?;
+        // A first question gives the socket its address; without one it is a member that nothing is sent to.
+        nft.ask(GETCHAIN, NLM_F_DUMP, &[], "reading chains")?;
+        join(&nft.socket, libc::NFNLGRP_NFTABLES)
+            .and_then(|()| nft.socket.set_read_timeout(Some(patience)))
+            .map_err(kernel("asking for news of nf_tables"))?;
+        Ok(nft)
+    }
+
+    /// Waits for a change, whatever it is. Changes that came too fast to be told (ENOBUFS) are one, too.
+    pub(super) fn news(&mut self) -> Result<(), Error> {
+        match self.receive() {
+            Ok(_) => Ok(()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
+            Err(error) => Err(kernel("waiting for news of nf_tables")(error)),
+        }
+    }
+
     fn message(&mut self, kind: u16, flags: u16, family: u8, resource: u16, attributes: &[u8]) -> Vec<u8> {
         self.sequence += 1;
         let length = u32::try_from(20 + attributes.len()).expect("a message is small");
@@ -305,6 +327,22 @@ impl Nft {
         }
         Ok(replies)
     }
+}
+
+#[allow(unsafe_code, reason = "socket2 has no name for this option")]
+fn join(socket: &Socket, group: libc::c_int) -> io::Result<()> {
+    let size = libc::socklen_t::try_from(size_of::<libc::c_int>()).expect("an int is small");
+    // SAFETY: the option's value is a valid local int of the size given; the descriptor lives as long as `socket`.
+    let failed = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_NETLINK,
+            libc::NETLINK_ADD_MEMBERSHIP,
+            (&raw const group).cast(),
+            size,
+        )
+    };
+    if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 struct Reply {

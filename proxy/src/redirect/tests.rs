@@ -194,3 +194,31 @@ fn flags_are_read() {
     assert_eq!((read.skip_inbound, read.skip_outbound), (vec![range], Vec::new()));
     assert_eq!(parse(&args("remove")), Ok(Command::Remove));
 }
+
+#[test]
+fn what_somebody_flushes_is_back_and_said() {
+    in_namespace(|| {
+        let ours = rules("--proxy-uid 2102 --skip-inbound-ports 4190,4191");
+        let began = std::time::Instant::now();
+        let mut guard = guard::Guard::new(ours.clone()).expect("subscribes");
+        let repaired = guard.look().expect("installs");
+        assert!(repaired.is_some(), "there was nothing yet");
+        guard.wait().expect("its own change is news");
+        assert!(guard.look().expect("looks").is_none(), "all is as it should be");
+
+        Nft::open()
+            .and_then(|mut nft| nft.commit(Batch::new().replace_table(TABLE, false)))
+            .expect("removes the table");
+        guard.wait().expect("news");
+        let repaired = guard.look().expect("repairs").expect("something was wrong");
+        assert!(repaired.0.contains("table `inet mantle`"), "{repaired:?}");
+        assert_eq!(differences(&ours), Vec::<String>::new());
+
+        install(&rules("--proxy-uid 2103")).expect("somebody else's rules");
+        guard.wait().expect("news");
+        let repaired = guard.look().expect("repairs").expect("something was wrong");
+        assert!(repaired.0.contains("rule 1 of chain `outbound` is another one"), "{repaired:?}");
+        assert_eq!(differences(&ours), Vec::<String>::new());
+        assert!(began.elapsed() < guard::LOOK, "the kernel told of the changes; they were not found by looking");
+    });
+}

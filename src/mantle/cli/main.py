@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "upgrade": ("mantle.cli.upgrade:command", "Print the control plane of this version, with the mesh's own values."),
     "uninstall": ("mantle.cli.uninstall:command", "Print everything of Mantle's in a cluster, to delete it."),
     "inject": ("mantle.cli.inject:command", "Add the mesh to Kubernetes YAML."),
+    "uninject": ("mantle.cli.uninject:command", "Take Kubernetes YAML out of the mesh again."),
     "tap": ("mantle.cli.tap:command", "Watch requests as they happen, with their TLS state."),
     "edges": ("mantle.cli.edges:command", "Show who talks to whom, with both identities, or why not encrypted."),
     "stat": ("mantle.cli.stat:command", "Show success rate, request rate, latency and share of TLS."),

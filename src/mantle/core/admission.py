@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mantle.core.annotations import CREATED_BY, INJECT, SKIPPED
-from mantle.core.inject import PROXY, Injected, Object, Refused, inject_pod
+from mantle.core.inject import Injected, Object, Refused, inject_pod
+from mantle.core.inject_containers import PROXY
 from mantle.core.pod_facts import Skip, containers
 from mantle.core.proxy_env import Values
 

@@ -2,8 +2,8 @@
 
 The same function serves `mantle inject --manual`, the one-machine platform and the admission webhook of a cluster. It
 knows no platform: what differs between them is in `Values`. Pods are plain dictionaries as the YAML has them; the
-argument is never changed. The pieces that are added, in order: `_init_container` (redirect), `_sidecar` (proxy, with
-`proxy_env.environment`), volumes, labels and annotations.
+argument is never changed. What is added: containers and volumes (`inject_containers.py`, the proxy's environment from
+`proxy_env.py`), labels and annotations.
 
 Sources: the sidecar pattern is https://kubernetes.io/docs/concepts/workloads/pods/sidecar-containers/.
 """
@@ -33,6 +33,19 @@ from mantle.core.annotations import (
     Mistake,
     read_config,
 )
+from mantle.core.inject_containers import (
+    END_ENTITY_DIRECTORY,
+    END_ENTITY_VOLUME,
+    OURS,
+    PROXY,
+    TOKEN_DIRECTORY,
+    TOKEN_VOLUME,
+    add_containers,
+    debug_container,
+    redirect,
+    sidecar,
+    volumes,
+)
 from mantle.core.inject_optional import VOLUMES as OPTIONAL_VOLUMES
 from mantle.core.inject_optional import accept_migration, make_optional, names_of, owner_for, tls_mistakes
 from mantle.core.optional_names import LABEL_TLS, OPTIONAL, OWNER
@@ -41,13 +54,6 @@ from mantle.core.proxy_env import Subject, Values, environment
 
 Object = dict[str, Any]
 
-PROXY = "mantle-proxy"
-INIT = "mantle-init"
-DEBUG = "mantle-debug"
-TOKEN_VOLUME = "mantle-identity-token"
-END_ENTITY_VOLUME = "mantle-identity-end-entity"
-TOKEN_DIRECTORY = "/var/run/secrets/mantle.dev/identity"
-END_ENTITY_DIRECTORY = "/var/run/mantle/identity/end-entity"
 OWNER_KINDS = ("deployment", "replicationcontroller", "replicaset", "job", "daemonset", "statefulset", "cronjob")
 
 
@@ -114,12 +120,12 @@ def inject_pod(
         end_entity_directory=END_ENTITY_DIRECTORY,
     )
     opaque = opaque_ports(spec, config)
-    sidecar = _sidecar(config, values, environment(config, values, subject, opaque))
-    init = _init_container(config, values, values.api_server if component else "")
-    _add_containers(spec, init, sidecar, config, component)
+    proxy = sidecar(config, values, environment(config, values, subject, opaque))
+    first = redirect(config, values, values.api_server if component else "")
+    add_containers(spec, first, proxy, config, component)
     if config.get("enable-debug-sidecar", False):
-        spec["containers"].append(_debug_container(config, values))
-    spec["volumes"] = [*(spec.get("volumes") or []), *_volumes(values)]
+        spec["containers"].append(debug_container(config, values))
+    spec["volumes"] = [*(spec.get("volumes") or []), *volumes(values)]
     if (timeout := config.get("close-wait-timeout")) is not None:
         context = spec.setdefault("securityContext", {})
         context["sysctls"] = [*context.get("sysctls", []), _close_wait(timeout)]
@@ -170,7 +176,7 @@ def uninject_pod(pod: Mapping[str, Any]) -> Object:
         _without_sysctl(spec, _close_wait(timeout))
     for key in ("containers", "initContainers"):
         if key in spec:
-            spec[key] = [c for c in spec[key] if c.get("name") not in (PROXY, INIT, DEBUG)]
+            spec[key] = [c for c in spec[key] if c.get("name") not in OURS]
             if not spec[key] and key == "initContainers":
                 del spec[key]
     spec["volumes"] = [
@@ -224,7 +230,7 @@ def _namesakes(pod: Mapping[str, Any]) -> tuple[Mistake, ...]:
     names = [c.get("name") for c in containers(pod.get("spec") or {})]
     return tuple(
         Mistake("container", name, "another name: this one is Mantle's, and Mantle did not make it")
-        for name in (INIT, PROXY, DEBUG)
+        for name in OURS
         if name in names
     )
 
@@ -240,133 +246,6 @@ def _uid_mistakes(spec: Mapping[str, Any], proxy_uid: int) -> tuple[Mistake, ...
         for who, context in users
         if context.get("runAsUser") == proxy_uid
     )
-
-
-def _init_container(config: Config, values: Values, beside: str) -> Object:
-    """Installs the redirect; its one capability is what that takes. `beside`: networks that are not redirected."""
-    admin, control = config.get("admin-port", 4191), config.get("control-port", 4190)
-    skip_in = ",".join(filter(None, (f"{control},{admin}", config.get("skip-inbound-ports"))))
-    args = ["redirect", "install"]
-    args += ["--inbound-port", str(config.get("inbound-port", 4143))]
-    args += ["--outbound-port", str(config.get("outbound-port", 4140))]
-    if values.mark is None:
-        args += ["--proxy-uid", str(config.get("proxy-uid", values.proxy_uid))]
-    else:
-        args += ["--proxy-mark", hex(values.mark)]
-    args += ["--skip-inbound-ports", skip_in]
-    if skip_out := config.get("skip-outbound-ports"):
-        args += ["--skip-outbound-ports", skip_out]
-    if subnets := ",".join(filter(None, (beside, config.get("skip-subnets")))):
-        args += ["--skip-subnets", subnets]
-    container: Object = {
-        "name": INIT,
-        **_image(config, values),
-        "args": args,
-        "securityContext": {**_confined(65534, ["NET_ADMIN"]), "runAsGroup": 65534},
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-    }
-    if resources := _resources(config):  # where a quota asks for them, it asks of every container
-        container["resources"] = resources
-    return container
-
-
-def _sidecar(config: Config, values: Values, env: list[Object]) -> Object:
-    admin = config.get("admin-port", 4191)
-
-    def probe(path: str, **times: int) -> Object:
-        return {"httpGet": {"path": path, "port": admin}, **times}
-
-    container: Object = {
-        "name": PROXY,
-        **_image(config, values),
-        "env": env,
-        "ports": [
-            {"name": PROXY, "containerPort": config.get("inbound-port", 4143)},
-            {"name": "mantle-admin", "containerPort": admin},
-        ],
-        "readinessProbe": probe("/ready", initialDelaySeconds=2),
-        "livenessProbe": probe("/live", initialDelaySeconds=10),
-        "securityContext": _confined(
-            config.get("proxy-uid", values.proxy_uid), [] if values.mark is None else ["NET_ADMIN"]
-        ),
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [
-            {"name": END_ENTITY_VOLUME, "mountPath": END_ENTITY_DIRECTORY},
-            {"name": TOKEN_VOLUME, "mountPath": TOKEN_DIRECTORY, "readOnly": True},
-        ],
-    }
-    if (gid := config.get("proxy-gid")) is not None:
-        container["securityContext"]["runAsGroup"] = gid
-    if resources := _resources(config):
-        container["resources"] = resources
-    if seconds := config.get("proxy-wait-before-exit-seconds"):
-        container["lifecycle"] = {"preStop": {"sleep": {"seconds": seconds}}}
-    if config.get("proxy-await", True):
-        container["startupProbe"] = probe("/ready", periodSeconds=1, failureThreshold=120)
-    return container
-
-
-def _add_containers(spec: Object, init: Object, sidecar: Object, config: Config, component: str) -> None:
-    """Order is meaning: redirect, proxy, then everything of the application, whose init containers are meshed too.
-
-    Identity is the exception: its application starts before its proxy, which asks it for a certificate over loopback.
-    """
-    before = list(spec.get("initContainers") or [])
-    if component == "identity":
-        sidecar.pop("startupProbe", None)
-        spec["initContainers"] = [init, *before]
-        spec["containers"] = [*spec["containers"], sidecar]
-    elif config.get("proxy-enable-native-sidecar", True):
-        spec["initContainers"] = [init, {**sidecar, "restartPolicy": "Always"}, *before]
-    else:
-        spec["initContainers"] = [init, *before]
-        spec["containers"] = [sidecar, *(spec.get("containers") or [])]
-
-
-def _debug_container(config: Config, values: Values) -> Object:
-    image = config.get("debug-image", "mantle/debug")
-    return {
-        "name": DEBUG,
-        "image": f"{image}:{config.get('debug-image-version', values.version)}",
-        "imagePullPolicy": config.get("debug-image-pull-policy", "IfNotPresent"),
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-    }
-
-
-def _image(config: Config, values: Values) -> Object:
-    image, tag = config.get("proxy-image", values.proxy_image), config.get("proxy-version", values.version)
-    return {"image": f"{image}:{tag}", "imagePullPolicy": config.get("image-pull-policy", "IfNotPresent")}
-
-
-def _confined(uid: int, capabilities: list[str]) -> Object:
-    allowed: Object = {"drop": ["ALL"]}
-    if capabilities:
-        allowed["add"] = capabilities
-    return {
-        "allowPrivilegeEscalation": False,
-        "capabilities": allowed,
-        "readOnlyRootFilesystem": True,
-        "runAsNonRoot": True,
-        "runAsUser": uid,
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def _resources(config: Config) -> Object:
-    resources: Object = {}
-    for bound in ("request", "limit"):
-        for name, key in (("cpu", "cpu"), ("memory", "memory"), ("ephemeral-storage", "ephemeral-storage")):
-            if (amount := config.get(f"proxy-{name}-{bound}")) is not None:
-                resources.setdefault(f"{bound}s", {})[key] = amount
-    return resources
-
-
-def _volumes(values: Values) -> list[Object]:
-    token = {"audience": values.token_audience, "expirationSeconds": 3600, "path": TOKEN_VOLUME}
-    return [
-        {"name": END_ENTITY_VOLUME, "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
-        {"name": TOKEN_VOLUME, "projected": {"sources": [{"serviceAccountToken": token}]}},
-    ]
 
 
 def _labels(

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mantle.core.annotations import INJECT, INJECT_VALUES, LABEL_COMPONENT, PREFIX, Mistake, read_config
-from mantle.core.inject import PROXY, Injected, Refused, inject_pod, uninject_pod
+from mantle.core.annotations import INJECT, INJECT_VALUES, LABEL_COMPONENT, PREFIX, SKIPPED, Mistake, read_config
+from mantle.core.inject import Injected, Refused, inject_pod, uninject_pod
+from mantle.core.inject_containers import PROXY
 from mantle.core.pod_facts import Skip, containers, has_udp_ports, obstacles
 from mantle.core.proxy_env import Values
 
@@ -33,6 +34,7 @@ class Verdict(enum.StrEnum):
     ANNOTATED = "annotated"
     SKIPPED = "skipped"
     FAILED = "failed"
+    UNINJECTED = "uninjected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class Report:
     """Where, inside the document, the object is whose `metadata.annotations` were written."""
     annotations: Mapping[str, str] = field(default_factory=dict)
     """What was written there."""
+    removed: tuple[str, ...] = ()
+    """Which annotations were removed there. Empty where more than annotations was."""
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.name}"
@@ -152,6 +156,67 @@ def _wrong_annotations(template: Mapping[str, Any], kind: str, name: str, own: M
     return None
 
 
+def uninject_object(obj: Any, path: tuple[str | int, ...] = ()) -> Iterator[Report]:
+    """Takes one object out of the mesh again, each item of a `List` by itself: the inverse of `inject_object`.
+
+    What was rendered goes, and so does what asks for injection: `mantle.dev/inject` (but not `disabled`) and the
+    settings below it, since that is where injection writes them; settings above it were there before.
+    """
+    if not isinstance(obj, MutableMapping) or not obj.get("kind"):
+        yield Report("", "", Verdict.SKIPPED)
+        return
+    kind = str(obj["kind"])
+    if kind.endswith("List") and isinstance(obj.get("items"), list):
+        for index, item in enumerate(obj["items"]):
+            yield from uninject_object(item, (*path, "items", index))
+        return
+    name = str((obj.get("metadata") or {}).get("name") or (obj.get("metadata") or {}).get("generateName") or "")
+    holder: Any = obj
+    steps = TEMPLATE_PATHS.get(kind, ())
+    for step in steps:
+        holder = holder.get(step) if isinstance(holder, Mapping) else None
+    known = kind in TEMPLATE_PATHS or kind in ("Namespace", "Service")
+    metadata = holder.get("metadata") if isinstance(holder, MutableMapping) else None
+    if not known or not isinstance(metadata, MutableMapping) or LABEL_COMPONENT in (metadata.get("labels") or {}):
+        yield Report(kind.lower(), name, Verdict.SKIPPED)
+        return
+    rendered = False
+    if isinstance(holder.get("spec"), Mapping) and kind in TEMPLATE_PATHS:
+        plain = uninject_pod(holder)
+        rendered = plain != holder
+        if rendered:
+            _replace(holder, plain)
+            metadata = holder["metadata"]
+    gone = tuple(_asking(metadata.get("annotations") or {}, kind))
+    for key in gone:
+        del metadata["annotations"][key]
+    if gone and not metadata["annotations"]:
+        del metadata["annotations"]
+    if (gone or rendered) and not metadata:
+        del holder["metadata"]
+    if not gone and not rendered:
+        yield Report(kind.lower(), name, Verdict.SKIPPED)
+        return
+    at = (*path, *steps)
+    yield Report(kind.lower(), name, Verdict.UNINJECTED, path=at, removed=() if rendered else gone)
+
+
+def _asking(annotations: Mapping[str, str], kind: str) -> Iterator[str]:
+    """The annotations that ask for injection, in their order."""
+    if kind == "Service":
+        yield from (key for key in annotations if key == PREFIX + "opaque-ports")
+        return
+    if SKIPPED in annotations:
+        yield SKIPPED
+    if annotations.get(INJECT, "disabled") == "disabled":
+        return
+    below = False
+    for key in annotations:
+        below = below or key == INJECT
+        if below and (key == INJECT or key.startswith(PREFIX)):
+            yield key
+
+
 def _prefixed(settings: Mapping[str, str]) -> dict[str, str]:
     return {PREFIX + name: text for name, text in settings.items()}
 
@@ -174,3 +239,5 @@ def _replace(target: MutableMapping[str, Any], source: Mapping[str, Any]) -> Non
     for key in ("metadata", "spec"):
         if key in source:
             target[key] = source[key]
+        else:
+            target.pop(key, None)

@@ -34,6 +34,8 @@ class Values:
     mark: int | None = None
     """Exempt the proxy from the redirect by this socket mark instead of its user id (without root)."""
     proxy_uid: int = 2102
+    guard: bool = False
+    """Whether a container stays to put the redirect back when somebody flushes it: where others get at the rules."""
     proxy_image: str = "mantle/proxy"
     default_policy: str = "all-unauthenticated"
     interop: bool = False

@@ -1,4 +1,4 @@
-"""Sets annotations in YAML text and leaves every other byte alone: comments, quotes, order, odd spacing.
+"""Sets and removes annotations in YAML text and leaves every other byte alone: comments, quotes, order, odd spacing.
 
 A YAML writer, even a round-tripping one, rewrites what it was not asked about. Here the text is only composed (parsed
 with positions), and lines are inserted at the right place. The caller reads the result back and compares: what this
@@ -21,6 +21,54 @@ def annotate_text(text: str, path: Sequence[Step], annotations: Mapping[str, str
     for name, value in annotations.items():
         text = _set(text, path, ("metadata", "annotations"), name, value, quoted)
     return text
+
+
+def unannotate_text(text: str, path: Sequence[Step], names: Sequence[str]) -> str:
+    """`text` without these annotations of the object at `path`: the inverse of `annotate_text`, to the byte.
+
+    Where nothing else is left of `annotations` or `metadata`, they go, too. KeyError if there is no such annotation.
+    """
+    for name in names:
+        text = _remove(text, path, ("metadata", "annotations", name))
+    return text
+
+
+def _remove(text: str, path: Sequence[Step], keys: Sequence[str]) -> str:
+    from ruamel.yaml import YAML
+
+    node = YAML(typ="rt", pure=True).compose(text)
+    for step in path:
+        node = _child(node, step)
+    chain = [node]  # the mappings that lead to the key, outermost first
+    for key in keys[:-1]:
+        chain.append(_child(chain[-1], key))
+    _child(chain[-1], keys[-1])
+    depth = len(keys) - 1
+    while depth > 0 and len(chain[depth].value) == 1:
+        holder, empty = chain[depth - 1], chain[depth]
+        if empty.flow_style and (not holder.flow_style or holder.value[-1][1] is not empty):
+            break  # `{}` was there before: injection writes one only at the end of another
+        depth -= 1
+    return _cut(text, chain[depth], keys[depth])
+
+
+def _cut(text: str, mapping: Any, key: str) -> str:
+    """Without one entry of a mapping."""
+    index = next(i for i, (name, _) in enumerate(mapping.value) if name.value == key)
+    name, value = mapping.value[index]
+    entries = mapping.value
+    if mapping.flow_style:
+        if index:
+            return text[: entries[index - 1][1].end_mark.index] + text[value.end_mark.index :]
+        end = entries[1][0].start_mark.index if len(entries) > 1 else value.end_mark.index
+        return text[: name.start_mark.index] + text[end:]
+    if index == 0 and len(entries) > 1:  # what stands before it (a list's dash, a comment) belongs to the next one
+        return text[: name.start_mark.index] + text[entries[1][0].start_mark.index :]
+    before = text.rfind("\n", 0, name.start_mark.index)
+    after = _end_of_line(text, _last(mapping if index == len(entries) - 1 else value).end_mark.index)
+    if before < 0:
+        return text[after + 1 :]
+    return text[:before] + text[after:]
 
 
 def _set(text: str, path: Sequence[Step], below: Sequence[str], name: str, value: str, quoted: bool) -> str:

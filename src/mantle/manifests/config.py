@@ -348,6 +348,7 @@ def injection_values(values: InstallValues, trust_anchors: str, created_by: str 
         trust_domain=values.trust_domain,
         cluster_domain=values.cluster_domain,
         token_audience=values.audiences[0],
+        guard=True,
         proxy_image=values.image("proxy"),
         created_by=created_by,
         defaults={name: CONFIG[name].parse(text) for name, text in defaults.items()},

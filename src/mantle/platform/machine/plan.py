@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mantle.core import inject
+from mantle.core.inject_containers import PROXY
 from mantle.core.proxy_env import Values
 from mantle.platform.machine import containers as boxes
 from mantle.platform.machine import images as img
@@ -153,7 +154,7 @@ def _replicas(item: Object) -> int:
 def _proxy_ports(item: Object, pod: Any, final: Mapping[str, Any]) -> Iterable[Mistake]:
     """Ports that the sidecar needs itself: the application could not bind them."""
     sidecar = next(
-        (c for c in [*(final.get("initContainers") or []), *final["containers"]] if c["name"] == inject.PROXY), None
+        (c for c in [*(final.get("initContainers") or []), *final["containers"]] if c["name"] == PROXY), None
     )
     if sidecar is None:
         return
@@ -162,7 +163,7 @@ def _proxy_ports(item: Object, pod: Any, final: Mapping[str, Any]) -> Iterable[M
         values.get(f"{name}_LISTEN_ADDR", "").rpartition(":")[2] for name in ("INBOUND", "OUTBOUND", "CONTROL", "ADMIN")
     }
     for path, box, _ in containers(pod):
-        if box["name"] == inject.PROXY:  # rendered by `mantle inject --manual`, and made anew here
+        if box["name"] == PROXY:  # rendered by `mantle inject --manual`, and made anew here
             continue
         for index, port in enumerate(box.get("ports") or []):
             if str(port["containerPort"]) in taken:
@@ -271,7 +272,7 @@ def build(
             "probe_paths": boxes.probe_paths(spec),
             "subdomain": spec.get("subdomain", ""),
             "pod_hostname": spec.get("hostname", ""),
-            "proxy": inject.PROXY if want.meshed else "",
+            "proxy": PROXY if want.meshed else "",
             "volumes": {
                 v.name: {
                     "tokens": [[t.path, t.audience, t.seconds] for t in v.tokens],
