@@ -6,6 +6,7 @@
 import json
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +322,34 @@ print(os.getuid(), [attempt(f) for f in (
             assert mesh.log("a", "app") == [f"0 {names}"]
 
     root_host.play(scene)
+
+
+def test_a_redirect_that_somebody_flushes_is_put_back_and_said(host: Any, mantle_proxy: Path) -> None:
+    """The guard stays beside the application; meanwhile somebody with the right to do so removes the rules."""
+    remove = """
+import subprocess, sys, time
+proxy, *exempt = sys.argv[1:]
+subprocess.run([proxy, "redirect", "remove"], check=True, stdout=subprocess.DEVNULL)
+until = time.monotonic() + 20
+while (tried := subprocess.run([proxy, "redirect", "verify", *exempt], capture_output=True, text=True)).returncode:
+    assert time.monotonic() < until, tried.stderr
+print("back")
+"""
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            exempt = ("--proxy-mark", "0x6d") if host.rootless else ("--proxy-uid", "2102")
+            installs, *_ = meshed(mesh, host, mantle_proxy, python("app", ""))
+            binary = str(mantle_proxy)
+            guard = replace(installs, name="guard", role=Role.SIDECAR, argv=(binary, "redirect", "guard", *exempt))
+            removes = replace(installs, name="remove", argv=(sys.executable, "-I", "-c", remove, binary, *exempt))
+            expose = (*host_paths(), str(mantle_proxy.parent))
+            app = python("app", "print('done')")
+            await mesh.start("a", A, installs, guard, removes, app, expose=expose, restart=Restart.NEVER)
+            await mesh.ended("a")
+            assert mesh.log("a", "remove") == ["back"], mesh.log("a", "remove")
+            said = mesh.log("a", "guard")
+            assert said[0] == "redirect guarded"
+            assert [line for line in said if line.startswith("redirect repaired; found: ")], said
+
+    host.play(scene)
