@@ -140,7 +140,7 @@ def test_no_rule_reads_the_issuer():
 def test_the_ca_is_there_in_the_experimental_mode_alone_and_restricted_too():
     assert not [o for o in OBJECTS if o["metadata"]["name"] == "mantle-ca"]
     template = pod(rendered(tls="optional", ha=True), "ca")
-    assert {"mantle-init", "mantle-proxy", "ca"} == set(containers(template))
+    assert {"mantle-init", "mantle-guard", "mantle-proxy", "ca"} == set(containers(template))
     assert template["spec"]["automountServiceAccountToken"] is False
     context = {**template["spec"]["securityContext"], **containers(template)["ca"]["securityContext"]}
     assert (
