@@ -1,38 +1,93 @@
-"""`mantle check`: is this machine able, is the mesh healthy, does everything encrypt that should?
+"""`mantle check`: is this machine or cluster able, is the mesh healthy, does everything encrypt that should?
 
-Gathers facts, lets `checks.py` conclude, prints. Without a running mesh only the machine is checked. Exit code 1 if
-anything is broken; warnings alone leave it at 0.
+Facts are gathered (here for the machine, in `check_cluster.py` for a cluster), the checks conclude, this prints. With
+neither a running mesh nor a cluster only the machine is checked. Exit code 1 if anything is broken; warnings alone
+leave it at 0.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import click
 
 import mantle
 from mantle.cli import checks
 from mantle.cli.checks import Finding, Result, Validity
+from mantle.cli.duration import seconds_of
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Failure, escape, json_text, write
 
+if TYPE_CHECKING:
+    from mantle.cli.target import Cluster
+
+WAIT_STEP_SECONDS = 2.0
 MARKS = {Result.GOOD: "√", Result.WARNING: "‼", Result.ERROR: "×"}
 
 Category = tuple[str, Sequence[Finding]]
 
 
 @mesh_command()
-def command(flags: Globals) -> int:
-    """Find what is wrong with this machine, the mesh or its traffic."""
+@click.option("--pre", is_flag=True, help="On a cluster: can Mantle be installed?")
+@click.option("--proxy", "proxies", is_flag=True, help="On a cluster: every proxy too, and its traffic.")
+@click.option("--wait", metavar="DURATION", default="0s", help="On a cluster: how long a fresh installation may take.")
+def command(flags: Globals, pre: bool, proxies: bool, wait: str) -> int:
+    """Find what is wrong with this machine or cluster, the mesh or its traffic.
+
+    \b
+    mantle check --pre      before `mantle install`
+    mantle check            what is installed
+    mantle check --proxy    and every proxy
+    """
     output = flags.output_of("table", "short", "json")
+    if pre and proxies:
+        raise click.UsageError("--pre is before an installation and --proxy after it: leave one of them out")
+    if (cluster := _cluster(flags, wanted=pre or proxies)) is not None:
+        return _on_cluster(flags, cluster, output, pre=pre, proxies=proxies, wait=seconds_of(wait))
     found: list[Category] = [("machine", _machine())]
     mesh = _mesh(flags)
     found += mesh
     write(json_text(object_of(found)) if output == "json" else text(found, short=output == "short", mesh=bool(mesh)))
+    return 0 if succeeded(found) else 1
+
+
+def _cluster(flags: Globals, *, wanted: bool) -> Cluster | None:
+    """The cluster that is meant, as `target` decides; None: this machine, which is checked without a mesh, too."""
+    from mantle.cli.machine_client import running_meshes, state_root
+    from mantle.cli.target import access_of, cluster
+
+    if flags.mesh is not None and not (flags.mesh_from_environment and flags.cluster_flags):
+        if wanted:
+            raise click.UsageError("--pre and --proxy are for clusters; a mesh of this machine is always checked whole")
+        return None
+    if wanted or flags.cluster_flags:
+        return cluster(flags)
+    return None if running_meshes(state_root()) or access_of(flags) is None else cluster(flags)
+
+
+def _on_cluster(flags: Globals, cluster: Cluster, output: str, *, pre: bool, proxies: bool, wait: float) -> int:
+    from mantle.cli import check_cluster
+
+    if output != "json":
+        sys.stderr.write(f"{escape(str(cluster))}\n")
+    namespace, until = flags.namespace or "mantle", time.monotonic() + wait
+    while True:
+        if pre:
+            found = check_cluster.pre(cluster, namespace)
+        else:
+            found = check_cluster.installed(cluster, namespace, proxies=proxies)
+        if time.monotonic() >= until or not check_cluster.waits(found):
+            break
+        time.sleep(WAIT_STEP_SECONDS)
+    write(json_text(object_of(found)) if output == "json" else text(found, short=output == "short", mesh=True))
     return 0 if succeeded(found) else 1
 
 
@@ -56,7 +111,9 @@ def text(found: Sequence[Category], *, short: bool, mesh: bool) -> str:
 def _line(finding: Finding) -> str:
     lines = [f"{MARKS[finding.result]} {finding.description}"]
     lines += [f"    {reason}" for reason in finding.reason.split("; ") if reason]
-    lines += [f"    fix: {finding.fix}"] if finding.result is not Result.GOOD and finding.fix else []
+    if finding.result is not Result.GOOD:
+        lines += [f"    fix: {finding.fix}"] if finding.fix else []
+        lines += [f"    see docs/check.md#{finding.id}"] if finding.id else []
     return "\n".join(map(escape, lines))
 
 
@@ -71,6 +128,7 @@ def object_of(found: Sequence[Category]) -> dict[str, Any]:
                     {
                         "description": finding.description,
                         "result": str(finding.result),
+                        **({"id": finding.id} if finding.id else {}),
                         **({"error": finding.reason, "hint": finding.fix} if finding.reason else {}),
                     }
                     for finding in findings

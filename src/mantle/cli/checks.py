@@ -34,6 +34,8 @@ class Finding:
     result: Result = Result.GOOD
     reason: str = ""
     fix: str = ""
+    id: str = ""
+    """The anchor of its paragraph in docs/check.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,11 @@ class Validity:
     not_after: datetime
 
 
-def good_unless(description: str, reasons: Sequence[str], fix: str, result: Result = Result.ERROR) -> Finding:
+def good_unless(
+    description: str, reasons: Sequence[str], fix: str, result: Result = Result.ERROR, id: str = ""
+) -> Finding:
     """Good if there are no reasons against it."""
-    return Finding(description, result, "; ".join(reasons), fix) if reasons else Finding(description)
+    return Finding(description, result, "; ".join(reasons), fix, id) if reasons else Finding(description, id=id)
 
 
 def machine(

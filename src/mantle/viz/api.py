@@ -20,7 +20,7 @@ from mantle.core.selector import parse as parse_selector
 from mantle.viz import edges, selected, stat, tap, tap_events
 from mantle.viz.fields import BadRequest, Fields, View
 from mantle.viz.scrape import Health
-from mantle.viz.source import MetricsSource
+from mantle.viz.source import CERTIFICATE_CAME, CERTIFICATE_ENDS, MetricsSource, Traffic
 from mantle.viz.world import World
 
 EDGES_WINDOW_SECONDS = 300.0
@@ -99,6 +99,7 @@ class Api:
         rows = [row for row in rows if not row["control"]]
         health = self._health.health()
         return {
+            "certificates": _certificates(traffic, namespace),
             "edges": rows,
             "secured": sum(not row["no_tls_reason"] for row in rows),
             "pods_seen": health.pods,
@@ -210,6 +211,16 @@ def tap_query(body: Mapping[str, Any]) -> tap_events.TapQuery:
     if mistakes:
         raise BadRequest(mistakes)
     return query
+
+
+def _certificates(traffic: Traffic, namespace: str | None) -> dict[str, dict[str, float]]:
+    """By `namespace/pod`: when the certificate in force came and when it ends, Unix time; nothing before the first."""
+    found: dict[str, dict[str, float]] = {}
+    for family, name in ((CERTIFICATE_ENDS, "expires"), (CERTIFICATE_CAME, "refreshed")):
+        for point in traffic.now(family):
+            if point.value > 0 and namespace in (None, point.subject.namespace):
+                found.setdefault(f"{point.subject.namespace}/{point.subject.pod}", {})[name] = point.value
+    return found
 
 
 @web.middleware

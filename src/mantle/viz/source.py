@@ -26,7 +26,9 @@ CLIENTS_TOTAL = "mantle_edge_clients_total"
 CLIENTS_OPEN = "mantle_edge_clients_open"
 
 COUNTERS = (REQUESTS, RESPONSES, LATENCY_BUCKET, TCP_OPENED, TCP_READ, TCP_WRITTEN)
-GAUGES = (TCP_OPEN,)
+CERTIFICATE_ENDS = "control_identity_cert_expiration_timestamp_seconds"
+CERTIFICATE_CAME = "control_identity_cert_refresh_timestamp_seconds"
+GAUGES = (TCP_OPEN, CERTIFICATE_ENDS, CERTIFICATE_CAME)
 
 _OUR_WORDS = {"no_tls_from_remote": "not_provided_by_remote"}
 

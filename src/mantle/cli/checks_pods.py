@@ -1,0 +1,263 @@
+"""What `mantle check` concludes of a cluster's pods, their proxies and their traffic: facts in, findings out. Pure.
+
+`pods` needs no proxy to answer: it finds what should be in the mesh and is not. `data_plane` asks whether every proxy
+is current, certified and encrypting, from the pods and from what viz has learnt of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from mantle.cli.checks import Finding, Result, good_unless
+from mantle.cli.checks_objects import (
+    RESTRICTING,
+    Listed,
+    Object,
+    Unread,
+    alive,
+    annotations_of,
+    ends_of,
+    enforced,
+    full_of,
+    has_proxy,
+    labels_of,
+    name_of,
+    owner_of,
+    proxy_status,
+    stamp,
+    state_of,
+    unread,
+)
+from mantle.core.annotations import INJECT, PROXY_VERSION, TRUST_ROOT_SHA256
+from mantle.core.inject import INIT, Injected, Refused, inject_pod, uninject_pod
+from mantle.core.optional_names import LABEL_TLS, OPTIONAL
+from mantle.core.proxy_env import Values
+
+STALE_SECONDS = 15.0
+HARMLESS = frozenset({"loopback"})
+"""Reasons of traffic that never leaves a pod."""
+SYSTEM = ("kube-system", "kube-node-lease", "kube-public")
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Every pod, and what viz knows of their proxies."""
+
+    pods: Listed
+    namespaces: Listed
+    values: Values | Unread
+    """What the injector injects with; its trust anchors are those of now."""
+    version: str
+    summary: Object | Unread
+    control_namespace: str
+
+
+def pods(data: Data) -> list[Finding]:
+    """Is every pod in the mesh that should be? What is said here needs no proxy to answer."""
+    if isinstance(data.pods, Unread):
+        return [unread("the cluster's pods can be read", data.pods, "pods-meshed", Result.ERROR)]
+    namespaces = {} if isinstance(data.namespaces, Unread) else {name_of(ns): ns for ns in data.namespaces}
+    return [
+        *_outside(data, alive(data.pods), namespaces),
+        _refused_by_policy(data, namespaces),
+        _labels_for_annotations(data, namespaces),
+    ]
+
+
+def data_plane(data: Data, now: datetime) -> list[Finding]:
+    """Is every proxy current, certified and encrypting?"""
+    if isinstance(data.pods, Unread):
+        return []
+    inside = [pod for pod in alive(data.pods) if proxy_status(pod) is not None or has_proxy(pod)]
+    restart = "restart the workload: `kubectl -n NAMESPACE rollout restart deployment/NAME`"
+    unready = [f"{full_of(pod)}: {state_of(pod)}" for pod in inside if not (proxy_status(pod) or {}).get("ready")]
+    findings = [
+        good_unless(
+            "every proxy is ready", unready, "`kubectl -n NAMESPACE logs POD -c mantle-proxy`", id="proxy-ready"
+        )
+    ]
+    if isinstance(data.values, Unread):
+        findings.append(unread("every proxy has the trust roots of now", data.values, "proxy-roots"))
+    else:
+        current = hashlib.sha256(data.values.trust_anchors.encode()).hexdigest()
+        old = [full_of(pod) for pod in inside if annotations_of(pod).get(TRUST_ROOT_SHA256) not in (None, current)]
+        findings.append(
+            good_unless(
+                "every proxy has the trust roots of now",
+                [f"{name} has others" for name in old],
+                restart,
+                id="proxy-roots",
+            )
+        )
+    versions = [
+        f"{full_of(pod)} has {found}"
+        for pod in inside
+        if (found := annotations_of(pod).get(PROXY_VERSION)) not in (None, data.version)
+    ]
+    findings.append(
+        good_unless(
+            "every proxy is of the control plane's version", versions, restart, Result.WARNING, id="proxy-version"
+        )
+    )
+    if isinstance(data.summary, Unread):
+        findings.append(
+            unread("the proxies' certificates and traffic are known", data.summary, "views-answer", Result.ERROR)
+        )
+    else:
+        findings += [*_leaves(inside, data.summary, now), *_traffic(alive(data.pods), data.summary)]
+    return [*findings, *_optional(inside, data)]
+
+
+def _outside(data: Data, alive: Sequence[Object], namespaces: Mapping[str, Object]) -> list[Finding]:
+    """Pods that ask for the mesh and are not in it: created while the injector did not answer, or before they asked."""
+    description = "every pod that should be in the mesh is"
+    if isinstance(data.values, Unread):
+        return [unread(description, data.values, "pods-meshed")]
+    missed, mistaken = [], []
+    for pod in alive:
+        namespace = pod["metadata"]["namespace"]
+        if has_proxy(pod) or namespace in (*SYSTEM, data.control_namespace):
+            continue
+        owner = owner_of(pod)
+        outcome = inject_pod(uninject_pod(pod), namespaces.get(namespace, {}), data.values, owner)
+        if isinstance(outcome, Injected):
+            missed.append(f"{full_of(pod)} ({f'{owner[0].lower()}/{owner[1]}' if owner else 'no controller'})")
+        elif isinstance(outcome, Refused):
+            mistaken += [f"{full_of(pod)}: {mistake}" for mistake in outcome.mistakes]
+    return [
+        good_unless(
+            description,
+            missed,
+            "they began while the injector did not answer, or before they asked: "
+            "`kubectl -n NAMESPACE rollout restart deployment/NAME`",
+            id="pods-meshed",
+        ),
+        good_unless(
+            "no pod asks for something that injection refuses",
+            mistaken,
+            "correct the annotation",
+            id="pods-annotations",
+        ),
+    ]
+
+
+def _refused_by_policy(data: Data, namespaces: Mapping[str, Object]) -> Finding:
+    """Namespaces with pods to be meshed whose PodSecurity level refuses the container that sets the redirect."""
+    wanting = {name for name, ns in namespaces.items() if annotations_of(ns).get(INJECT) in ("enabled", "ingress")}
+    for pod in () if isinstance(data.pods, Unread) else data.pods:
+        if annotations_of(pod).get(INJECT) in ("enabled", "ingress"):
+            wanting.add(pod["metadata"]["namespace"])
+    reasons = [
+        f"{name} enforces {level}"
+        for name in sorted(wanting)
+        if name in namespaces and (level := enforced(namespaces[name])) in RESTRICTING
+    ]
+    return good_unless(
+        "no namespace refuses the container that sets the redirect",
+        reasons,
+        "`kubectl label --overwrite namespace NAMESPACE pod-security.kubernetes.io/enforce=privileged`: "
+        f"{INIT} needs NET_ADMIN",
+        id="pods-security",
+    )
+
+
+def _labels_for_annotations(data: Data, namespaces: Mapping[str, Object]) -> Finding:
+    """`mantle.dev/inject` is an annotation; as a label it says nothing to anybody."""
+    named = [*namespaces.values(), *(() if isinstance(data.pods, Unread) else data.pods)]
+    wrong = [f"{obj.get('kind') or 'Pod'} {full_of(obj)}" for obj in named if INJECT in labels_of(obj)]
+    return good_unless(
+        f"{INJECT} is nowhere a label",
+        [f"{what} has it as a label" for what in wrong],
+        f"`kubectl annotate … {INJECT}=enabled`, and remove the label: `kubectl label … {INJECT}-`",
+        Result.WARNING,
+        id="pods-labels",
+    )
+
+
+def _leaves(inside: Sequence[Object], summary: Object, now: datetime) -> list[Finding]:
+    """The certificate in force in every proxy, as its own metrics say."""
+    known = summary.get("certificates", {})
+    none, expired, late = [], [], []
+    for pod in inside:
+        found = known.get(full_of(pod))
+        if not (proxy_status(pod) or {}).get("ready") and found is None:
+            continue  # said already: it is not ready
+        if found is None or not found.get("expires"):
+            if labels_of(pod).get(LABEL_TLS) != OPTIONAL:
+                none.append(full_of(pod))
+            continue
+        end, came = (datetime.fromtimestamp(found[key], UTC) for key in ("expires", "refreshed"))
+        if now >= end:
+            expired.append(f"{full_of(pod)}: expired on {stamp(end)}")
+        elif now > came + (end - came) * 0.9:
+            late.append(f"{full_of(pod)}: expires at {stamp(end)} and is not renewed yet")
+    logs = "`kubectl -n NAMESPACE logs POD -c mantle-proxy` says why"
+    return [
+        good_unless("every proxy has a certificate", none, logs, id="leaf-there"),
+        good_unless("every certificate is valid", expired, logs, id="leaf-valid"),
+        good_unless("every certificate is renewed in time", late, logs, Result.WARNING, id="leaf-renewal"),
+    ]
+
+
+def _traffic(alive: Sequence[Object], summary: Object) -> list[Finding]:
+    """Is what should be encrypted encrypted?"""
+    age = summary.get("scrape_age_seconds")
+    stale = (
+        [] if age is not None and age < STALE_SECONDS else ["never asked" if age is None else f"asked {age:.0f} s ago"]
+    )
+    failing = [f"{pod}: {reason}" for pod, reason in sorted(summary.get("failing", {}).items())]
+    members = {(pod["metadata"]["namespace"], end) for pod in alive if has_proxy(pod) for end in ends_of(pod)}
+    broken: list[str] = []
+    plain: list[str] = []
+    for edge in summary.get("edges", ()):
+        reasons = [reason for reason in edge["no_tls_reason"].split(",") if reason and reason not in HARMLESS]
+        if not reasons or edge["src"] == "probe":
+            continue
+        ends = ((edge["src_namespace"], edge["src"]), (edge["dst_namespace"], edge["dst"]))
+        both = all(end in members for end in ends)
+        (broken if both else plain).append(f"{edge['src']} → {edge['dst']}: {', '.join(reasons)}")
+    return [
+        good_unless(
+            "every proxy tells viz its metrics",
+            [*stale, *failing],
+            "`kubectl -n mantle logs deployment/mantle-viz -c viz` says why",
+            id="traffic-known",
+        ),
+        good_unless(
+            "all traffic between meshed workloads is encrypted",
+            broken,
+            "`mantle edges deploy -A -o wide` shows each; the log of the client's mantle-proxy says more",
+            id="traffic-encrypted",
+        ),
+        good_unless(
+            "no traffic leaves or enters the mesh in plaintext",
+            plain,
+            "put the other end into the mesh, if it should be",
+            Result.WARNING,
+            id="traffic-plaintext",
+        ),
+    ]
+
+
+def _optional(inside: Sequence[Object], data: Data) -> list[Finding]:
+    """Pods of the experimental mode: that they are, and whether they have what they need."""
+    mode = [pod for pod in inside if labels_of(pod).get(LABEL_TLS) == OPTIONAL]
+    if not mode:
+        return []
+    weaker = Finding(
+        "no pod is of the experimental mode",
+        Result.WARNING,
+        "; ".join(f"{full_of(pod)} is weaker: its key is in a Secret, and it fails open" for pod in mode),
+        "set `config.mantle.dev/tls: required`, or take the annotation away, and restart the workload",
+        id="optional-pods",
+    )
+    if isinstance(data.summary, Unread):
+        return [weaker]
+    known = data.summary.get("certificates", {})
+    missing = [f"{full_of(pod)} has none" for pod in mode if not known.get(full_of(pod), {}).get("expires")]
+    fix = f"`kubectl -n {data.control_namespace} logs deployment/mantle-ca -c ca` says why; until then it is plaintext"
+    about = "every pod of the experimental mode has its key and certificate"
+    return [weaker, good_unless(about, missing, fix, Result.WARNING, id="optional-material")]
