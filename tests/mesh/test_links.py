@@ -76,7 +76,7 @@ def test_a_peer_that_breaks_the_rules_of_the_mux_loses_its_link_only(mesh: Mesh,
         "bad_settings": data(1, 1),
         "bad_frame": SETTINGS + bytes([9, 0, 0, 0, 0, 0, 0, 0]),
         "bad_stream": SETTINGS + OPEN + OPEN,
-        "control_rate": SETTINGS + bytes([5, 0, 0, 8, *[0] * 12]) * 20_000,
+        "control_rate": SETTINGS + bytes([5, 0, 0, 8, *[0] * 12]) * 40_000,
     }
     with http_client(client.connect(WEB, 80)) as http:
         for reason, frames in hostile.items():

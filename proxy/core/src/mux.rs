@@ -109,7 +109,7 @@ pub struct Limits {
     /// Streams open at a time.
     pub max_streams: u32,
     pub opens_per_second: u32,
-    /// Resets by the peer ("rapid reset").
+    /// Resets by the peer ("rapid reset"); as many as there may be streams are allowed at once, and so below.
     pub resets_per_second: u32,
     /// PINGs, GOAWAYs and frames for streams that are gone.
     pub control_per_second: u32,

@@ -72,9 +72,10 @@ impl Session {
             link_left: i64::from(limits.link_window),
             link_owed: 0,
             grown: 0,
-            opens: Rate::new(limits.opens_per_second),
-            resets: Rate::new(limits.resets_per_second),
-            controls: Rate::new(limits.control_per_second),
+            opens: Rate::new(limits.opens_per_second, 0),
+            // All streams may end at once, when the program behind them is killed: that is nobody's attack.
+            resets: Rate::new(limits.resets_per_second, limits.max_streams),
+            controls: Rate::new(limits.control_per_second, limits.max_streams),
         }
     }
 

@@ -378,19 +378,19 @@ fn hostile_frames_close_the_link_with_their_reason() {
         ("no credit", after_open(&frame(3, 0, 0, 1, &[])), LinkClosed::BadFrame),
         ("too much credit", after_open(&frame(3, 0, (16 << 10) + 1, 1, &[])), LinkClosed::WindowExceeded),
         ("short ping", after_open(&frame(5, 0, 7, 0, &[0; 7])), LinkClosed::BadFrame),
-        ("ping flood", after_open(&frame(5, 0, 8, 0, &[0; 8]).repeat(10_001)), LinkClosed::ControlRate),
+        ("ping flood", after_open(&frame(5, 0, 8, 0, &[0; 8]).repeat(26_385)), LinkClosed::ControlRate),
         (
             "rapid reset",
             {
                 let each = |id: u32| [opening(id + 1)[..].to_vec(), frame(4, 0, 0, id + 1, &[])].concat();
                 let forgetful = |id: u32| each(id).into_iter().enumerate().map(|(i, b)| if i == 1 { 0 } else { b });
-                after_settings(&(0..4_001).flat_map(forgetful).collect::<Vec<_>>())
+                after_settings(&(0..20_385).flat_map(forgetful).collect::<Vec<_>>())
             },
             LinkClosed::ResetRate,
         ),
         (
             "late frames",
-            after_open(&[frame(4, 0, 0, 1, &[]), frame(3, 0, 1, 1, &[]).repeat(10_001)].concat()),
+            after_open(&[frame(4, 0, 0, 1, &[]), frame(3, 0, 1, 1, &[]).repeat(26_385)].concat()),
             LinkClosed::ControlRate,
         ),
         ("table overflow", after_settings(&(1..=257).flat_map(opening).collect::<Vec<_>>()), LinkClosed::BadFrame),
@@ -402,6 +402,18 @@ fn hostile_frames_close_the_link_with_their_reason() {
         let cut = wire.chunks(1).try_for_each(|byte| feed(&mut slow, MS, byte, false).map(drop));
         assert_eq!(cut, Err(want), "{what}, byte by byte");
     }
+}
+
+#[test]
+fn a_killed_program_may_take_all_its_streams_with_it() {
+    let mut pair = Pair::with(Limits::default());
+    let ids: Vec<_> = (0..16_000).map(|_| pair.open(80)).collect();
+    pair.forth();
+    for id in ids {
+        pair.dialler.reset(id, StreamReset::Cancelled);
+    }
+    assert_eq!(pair.forth().len(), 16_000, "the link goes on");
+    assert_eq!(pair.acceptor.open_streams(), 0);
 }
 
 #[test]
