@@ -221,6 +221,11 @@ macro_rules! routes {
                 return Err(Invalid("route.rules"));
             }
             for rule in route.rules {
+                // The filters of connections say no, and no is never dropped; those of requests (redirects, injected
+                // failures, headers) are not carried out yet.
+                if $at_most_one_rule && !rule.filters.is_empty() {
+                    return Err(Invalid("rule.filters"));
+                }
                 use outbound::$module::distribution::Kind;
                 let backends: Vec<_> = match rule.backends.and_then(|b| b.kind).ok_or(Invalid("rule.backends"))? {
                     Kind::Empty(_) => continue,

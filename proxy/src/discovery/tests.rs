@@ -120,6 +120,11 @@ fn opaque(backend: outbound::Backend) -> outbound::proxy_protocol::Opaque {
     outbound::proxy_protocol::Opaque { routes: vec![outbound::OpaqueRoute { metadata: named("opaq"), rules }] }
 }
 
+fn forbidden() -> outbound::opaque_route::Filter {
+    use linkerd2_proxy_api::opaque_route::Forbidden;
+    outbound::opaque_route::Filter { kind: Some(outbound::opaque_route::filter::Kind::Forbidden(Forbidden {})) }
+}
+
 fn detect(backend: &outbound::Backend) -> outbound::proxy_protocol::Detect {
     outbound::proxy_protocol::Detect {
         timeout: seconds(10),
@@ -454,6 +459,7 @@ fn a_policy_with_a_field_left_out_is_not_used() {
         ("route.metadata", detect(&|d| d.http1.as_mut().expect("http1").routes[0].metadata = None)),
         ("rule.backends", detect(&|d| d.http1.as_mut().expect("http1").routes[0].rules[0].backends = None)),
         ("route.rules", detect(&|d| d.opaque.as_mut().expect("opaque").routes[0].rules.clear())),
+        ("rule.filters", detect(&|d| d.opaque.as_mut().expect("opaque").routes[0].rules[0].filters.push(forbidden()))),
         ("backend.metadata", backend(&|b| b.metadata = None)),
         ("backend.queue", backend(&|b| b.queue = None)),
         ("backend.queue.failfast_timeout", backend(&|b| b.queue.as_mut().expect("queue").failfast_timeout = None)),
