@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import threading
@@ -237,7 +238,8 @@ def test_garbage_on_every_port_harms_nobody_else(start: Start) -> None:
     get(client)
     hello = bytes.fromhex("16030100f0010000ec0303") + os.urandom(40)  # half a ClientHello
     words = [hello, b"\x16", b"GET / HTTP/1.1\r\nx: ", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + os.urandom(200),
-             os.urandom(3000), b"\r\n" * 5000, b"A" * 100_000]  # fmt: skip
+             os.urandom(3000), b"\r\n" * 5000, b"A" * 100_000,
+             b"GET / HTTP/1.1\r\nhost: web\r\nx: " + b"a" * 1_000_000]  # fmt: skip
     with contextlib.ExitStack() as stack:
         for word in words:
             for pod, address in (
@@ -255,6 +257,30 @@ def test_garbage_on_every_port_harms_nobody_else(start: Start) -> None:
             assert pod.proxy
             assert _rss_mib(pod.proxy.pid) < 40
     assert json.loads(get(client)[1])
+    for reason in ("head_too_large", "malformed"):  # at its own proxy, and at the server's
+        assert client.metric("outbound_http_errors_total", error=reason) > 0, client.admin("/metrics")
+        assert web.metric("inbound_http_errors_total", error=reason) > 0, web.admin("/metrics")
+    wait_for(lambda: web.metric("inbound_tcp_errors_total", error="identity_required") > 20, "what came to 4143")
+
+
+def test_a_head_that_drips_is_answered_with_408_and_counted(start: Start) -> None:
+    mesh = start()
+    client, web, plain = mesh.pods["client"], mesh.pods["web"], mesh.pods["plain"]
+    dripping = [client.connect(WEB, 80), plain.connect(web.ip, 8080)]
+    answers: dict[socket.socket, bytes] = {}
+    with contextlib.ExitStack() as stack:
+        for io in dripping:
+            stack.enter_context(io).sendall(b"GET / HTTP/1.1\r\nhost: web\r\nx: ")
+        deadline = time.monotonic() + 40
+        while len(answers) < len(dripping):
+            assert time.monotonic() < deadline, "the drip is listened to for ever"
+            for io in select.select(dripping, [], [], 0.2)[0]:
+                answers.setdefault(io, io.recv(1000))
+            for io in set(dripping) - set(answers):
+                io.sendall(b"a")
+    assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers.values()), answers
+    assert client.metric("outbound_http_errors_total", error="head_timeout") == 1
+    assert web.metric("inbound_http_errors_total", error="head_timeout") == 1
 
 
 def _rss_mib(pid: int) -> float:
