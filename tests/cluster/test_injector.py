@@ -39,7 +39,7 @@ def test_annotating_the_namespace_is_enough_and_works_at_once(mesh):
     assert names(mesh.create(namespace, pod("before"))) == ["app"]
     mesh.api.kubectl("annotate", "namespace", namespace, "mantle.dev/inject=enabled")
     made = mesh.create(namespace, pod("after"))
-    assert names(made, "initContainers") == ["mantle-init", "mantle-proxy"]
+    assert names(made, "initContainers") == ["mantle-init", "mantle-guard", "mantle-proxy"]
     assert made["metadata"]["annotations"]["mantle.dev/created-by"].startswith("mantle/injector ")
     event = eventually(lambda: mesh.events(namespace, "Pod", "Injected"))
     assert [e["involvedObject"]["name"] for e in event] == ["after"]
@@ -116,7 +116,7 @@ def test_a_pod_injected_by_hand_and_by_the_webhook_has_one_proxy(mesh):
     again = {key: once[key] for key in ("apiVersion", "kind", "spec")}
     again["metadata"] = {k: once["metadata"][k] for k in ("labels", "annotations")} | {"name": "second"}
     made = mesh.create(namespace, again)
-    assert names(made, "initContainers") == ["mantle-init", "mantle-proxy"]
+    assert names(made, "initContainers") == ["mantle-init", "mantle-guard", "mantle-proxy"]
 
 
 def test_names_with_dots_and_a_pod_without_a_token_are_meshed(mesh):

@@ -84,6 +84,9 @@ def test_what_cannot_be_meshed_is_skipped_with_every_reason():
     linkerd = {"name": "linkerd-proxy", "image": "cr.l5d.io/linkerd/proxy:edge"}
     result = inject_pod(pod(hostNetwork=True, initContainers=[linkerd]), {}, MACHINE)
     assert result == Skipped((Skip.HOST_NETWORK, Skip.FOREIGN_SIDECAR))
+    for name in ("istio-validation", "kuma-sidecar", "consul-dataplane"):
+        other = pod(initContainers=[{"name": name}])
+        assert inject_pod(other, {}, MACHINE) == Skipped((Skip.FOREIGN_SIDECAR,))
     by_image = pod()
     by_image["spec"]["containers"].append({"name": "x", "image": "gcr.io/istio-release/proxyv2:1.2"})
     assert inject_pod(by_image, {}, MACHINE) == Skipped((Skip.FOREIGN_SIDECAR,))

@@ -13,12 +13,28 @@ from mantle.core.annotations import INJECT, Config
 
 DEFAULT_OPAQUE = (25, 587, 3306, 4444, 5432, 6379, 9300, 11211)
 """Protocols whose server speaks first: SMTP, MySQL, Galera, PostgreSQL, Redis, Elasticsearch, memcached."""
-FOREIGN_SIDECARS = ("linkerd-proxy", "linkerd-init", "istio-proxy", "istio-init")
+FOREIGN_SIDECARS = (
+    "linkerd-proxy",
+    "linkerd-init",
+    "linkerd-network-validator",
+    "istio-proxy",
+    "istio-init",
+    "istio-validation",
+    "kuma-sidecar",
+    "kuma-init",
+    "consul-dataplane",
+    "consul-connect-inject-init",
+)
 FOREIGN_IMAGES = (
     "cr.l5d.io/linkerd/proxy:",
     "cr.l5d.io/linkerd/proxy-init:",
     "gcr.io/istio-release/proxyv2:",
     "gcr.io/istio-release/proxy_init:",
+    "docker.io/istio/proxyv2:",
+    "istio/proxyv2:",
+    "docker.io/kumahq/kuma-dp:",
+    "kumahq/kuma-dp:",
+    "hashicorp/consul-dataplane:",
 )
 
 
