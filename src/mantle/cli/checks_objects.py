@@ -9,7 +9,7 @@ from typing import Any
 
 from mantle.cli.checks import Finding, Result
 from mantle.core.annotations import LABEL_COMPONENT, LABEL_CONTROL_NS
-from mantle.core.inject import PROXY
+from mantle.core.inject_containers import PROXY
 from mantle.core.pod_facts import containers
 
 Object = Mapping[str, Any]

@@ -32,7 +32,8 @@ from mantle.cli.checks_objects import (
     unread,
 )
 from mantle.core.annotations import INJECT, PROXY_VERSION, TRUST_ROOT_SHA256
-from mantle.core.inject import INIT, Injected, Refused, inject_pod, uninject_pod
+from mantle.core.inject import Injected, Refused, inject_pod, uninject_pod
+from mantle.core.inject_containers import INIT
 from mantle.core.optional_names import LABEL_TLS, OPTIONAL
 from mantle.core.proxy_env import Values
 
