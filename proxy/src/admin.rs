@@ -93,6 +93,13 @@ fn respond(admin: &Admin, peer: SocketAddr, method: &Method, path: &str) -> Resp
     let read = matches!(*method, Method::GET | Method::HEAD);
     match (path, &admin.shutdown) {
         ("/metrics", _) if read => text(StatusCode::OK, CONTENT_TYPE, admin.metrics.text(Instant::now())),
+        // What every TLS handshake with us shows, for those whose own proxy ends the TLS that they would look at.
+        ("/identity", _) if read => {
+            match admin.credentials.borrow().as_deref().and_then(|c| c.certified.cert.first()) {
+                Some(leaf) => text(StatusCode::OK, "application/pkix-cert", leaf.to_vec()),
+                None => plain(StatusCode::NOT_FOUND, "no certificate yet\n"),
+            }
+        }
         ("/live", _) if read => plain(StatusCode::OK, "live\n"),
         ("/ready", _) if read => match not_ready(admin, SystemTime::now()) {
             None => plain(StatusCode::OK, "ready\n"),
@@ -108,7 +115,7 @@ fn respond(admin: &Admin, peer: SocketAddr, method: &Method, path: &str) -> Resp
         }
         // Without the endpoint a POST is a 404, as linkerd2-proxy answers.
         ("/shutdown", None) if *method == Method::POST => plain(StatusCode::NOT_FOUND, "not found\n"),
-        ("/metrics" | "/live" | "/ready" | "/shutdown", _) => {
+        ("/metrics" | "/identity" | "/live" | "/ready" | "/shutdown", _) => {
             let allow = if path == "/shutdown" { "POST" } else { "GET, HEAD" };
             let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n");
             response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allow));

@@ -107,12 +107,28 @@ async fn metrics_are_the_same_in_mesh_tls() {
 }
 
 #[tokio::test]
+async fn the_certificate_in_use_is_shown_as_a_handshake_shows_it() {
+    let stage = stage(false);
+    assert_eq!(status(&stage.get("/identity").await), "404");
+    stage.certify();
+    let leaf = stage.credentials.borrow().as_ref().expect("certified").certified.cert[0].to_vec();
+    let mut io = TcpStream::connect(stage.addr).await.expect("connect");
+    io.write_all(b"GET /identity HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.expect("write");
+    let mut answer = Vec::new();
+    io.read_to_end(&mut answer).await.expect("read");
+    assert!(answer.ends_with(&leaf));
+    let head = String::from_utf8_lossy(&answer[..answer.len() - leaf.len()]).into_owned();
+    assert!(head.contains("content-type: application/pkix-cert") && head.ends_with("\r\n\r\n"), "{head}");
+}
+
+#[tokio::test]
 async fn paths_and_methods_that_do_not_exist() {
     let stage = stage(false);
     for (line, want) in [
         ("GET /", "404"),
         ("GET /metrics/", "404"),
         ("POST /metrics", "405"),
+        ("POST /identity", "405"),
         ("GET /shutdown", "405"),
         ("POST /shutdown", "404"),
         ("DELETE /ready", "405"),

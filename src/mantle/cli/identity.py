@@ -9,16 +9,20 @@ from typing import Any
 import click
 
 from mantle.cli.live_certificate import LiveCertificate, fetch
+from mantle.cli.live_certificate import parse as certificate_of
 from mantle.cli.main import Globals, mesh_command
-from mantle.cli.output import Failure, escape, json_text, write
-from mantle.cli.resource import Resource, parse
+from mantle.cli.output import Failure, Problem, escape, json_text, write
+from mantle.cli.resource import KINDS as ALL_KINDS
+from mantle.cli.resource import Resource, checked_selector, parse
+from mantle.cli.target import Machine, Target, namespace_of
+from mantle.cli.target import target as target_of
 from mantle.core.views import WORKLOADS
 
 KINDS = (*WORKLOADS, "namespace", "pod")
 
 
 @mesh_command()
-@click.argument("resource", nargs=-1, required=True, metavar="POD|KIND/NAME")
+@click.argument("resource", nargs=-1, metavar="POD|KIND[/NAME]")
 @click.option("--pem", is_flag=True, help="Only the certificates, in PEM.")
 def command(flags: Globals, resource: tuple[str, ...], pem: bool) -> None:
     """Show the certificate that a workload uses now.
@@ -26,17 +30,18 @@ def command(flags: Globals, resource: tuple[str, ...], pem: bool) -> None:
     \b
     mantle identity web-6f5d-x2x7q      one pod
     mantle identity deploy/web          every pod of a deployment
+    mantle identity -l app=web          every pod with this label
     """
     output = flags.output_of("table", "json")
-    one_word = len(resource) == 1 and "/" not in resource[0]
-    target = Resource("pod", resource[0]) if one_word else parse(resource, KINDS)
-    from mantle.cli.machine_client import MachineClient
-
-    client = MachineClient(flags.mesh)
-    namespace = flags.namespace or "default"
-    pods = choose(client.get("/v1/status")["pods"], target, namespace)
-    directory = client.socket_path.parent
-    shown = [(pod["name"], fetch(directory, pod["uid"], f"{pod['namespace']}/{pod['name']}")) for pod in pods]
+    if not resource and not (flags.selector or flags.all_namespaces):
+        raise click.UsageError("name a pod or a workload, or select pods with -l")
+    one_pod = len(resource) == 1 and "/" not in resource[0] and resource[0].lower() not in ALL_KINDS
+    target = Resource("pod", *resource) if one_pod or not resource else parse(resource, KINDS)
+    mesh = target_of(flags, json=output == "json")
+    if isinstance(mesh, Machine) and not (flags.selector or flags.all_namespaces):
+        shown = _on_machine(mesh, target, flags.namespace or mesh.default_namespace)
+    else:
+        shown = _by_viz(mesh, target, namespace_of(flags, mesh), checked_selector(flags))
     if pem:
         write("".join(certificate.pem for _, certificate in shown))
     elif output == "json":
@@ -44,6 +49,28 @@ def command(flags: Globals, resource: tuple[str, ...], pem: bool) -> None:
     else:
         now = datetime.now(UTC)
         write("".join(page(name, number, len(shown), c, now) for number, (name, c) in enumerate(shown, 1)))
+
+
+def _on_machine(mesh: Machine, target: Resource, namespace: str) -> list[tuple[str, LiveCertificate]]:
+    """Asked of the proxies themselves, which works without a control plane."""
+    pods = choose(mesh.client.get("/v1/status")["pods"], target, namespace)
+    directory = mesh.client.socket_path.parent
+    return [(pod["name"], fetch(directory, pod["uid"], f"{pod['namespace']}/{pod['name']}")) for pod in pods]
+
+
+def _by_viz(mesh: Target, target: Resource, namespace: str | None, selector: str) -> list[tuple[str, LiveCertificate]]:
+    """Asked of viz, whose own proxy ends the TLS of the others."""
+    import ssl
+
+    query: dict[str, str | int] = {"resource": target.kind, "name": target.name}
+    if target.kind == "namespace":
+        namespace, query["name"] = target.name or namespace, ""
+    query |= {"selector": selector} if selector else {}
+    rows = mesh.views.get("certificates", namespace, **query)["certificates"]
+    if wrong := [row for row in rows if "error" in row]:
+        fix = "it may still wait for its first one: see the log of its container mantle-proxy"
+        raise Failure.of([Problem(f"{row['namespace']}/{row['pod']}: {row['error']}", fix) for row in wrong])
+    return [(row["pod"], certificate_of(ssl.PEM_cert_to_DER_cert(row["pem"]))) for row in rows]
 
 
 def choose(pods: Sequence[Mapping[str, Any]], target: Resource, namespace: str) -> list[Mapping[str, Any]]:

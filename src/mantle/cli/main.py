@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "edges": ("mantle.cli.edges:command", "Show who talks to whom, with both identities, or why not encrypted."),
     "stat": ("mantle.cli.stat:command", "Show success rate, request rate, latency and share of TLS."),
     "top": ("mantle.cli.top:command", "Show the busiest requests, with latency and success, as they happen."),
+    "diagnostics": ("mantle.cli.diagnostics:command", "Look at what proxies are told, and at what they measure."),
     "check": ("mantle.cli.check:command", "Find what is wrong with this machine, the mesh or its traffic."),
     "identity": ("mantle.cli.identity:command", "Show the certificate that a workload uses now."),
     "version": ("mantle.cli.version:command", "Show the versions of both programs and of the running mesh."),
@@ -119,6 +120,18 @@ class MeshCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _format_options(self, ctx, formatter)
+
+
+class MeshSubgroup(click.Group):
+    """A command with commands below it, made with `mesh_command`; the global flags may stand before and behind them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.extend(_global_options())
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
 class MeshGroup(click.Group):

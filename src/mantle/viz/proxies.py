@@ -6,6 +6,7 @@ Everything goes out in plaintext to POD_IP and is taken by this pod's own proxy,
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Collection
 
 import aiohttp
@@ -55,9 +56,9 @@ class Proxies:
 
     async def metrics(self, pod: Pod, port: int = ADMIN_PORT) -> str:
         """The text of `GET /metrics` on a pod's port. Raises `Unreachable`."""
-        return await self._text(pod, port, "/metrics")
+        return (await self._get(pod, port, "/metrics")).decode("utf-8", "replace")
 
-    async def _text(self, pod: Pod, port: int, path: str) -> str:
+    async def _get(self, pod: Pod, port: int, path: str) -> bytes:
         if self._http is None:
             raise RuntimeError("Proxies is used outside `async with`")
         url = f"http://{_host(pod.ip)}:{port}{path}"
@@ -70,13 +71,13 @@ class Proxies:
                     body += chunk
                     if len(body) > MAX_METRICS_BYTES:
                         raise Unreachable(f"GET {url} answered more than {MAX_METRICS_BYTES} bytes")
-                return body.decode("utf-8", "replace")
+                return bytes(body)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unreachable(f"GET {url}: {_text(error)}") from error
 
     async def certificate(self, pod: Pod) -> str:
-        """The certificate that a pod's proxy uses now, with its intermediates, PEM. Raises `Unreachable`."""
-        return await self._text(pod, ADMIN_PORT, "/identity")
+        """The certificate that a pod's proxy uses now, PEM. Raises `Unreachable`."""
+        return ssl.DER_cert_to_PEM_cert(await self._get(pod, ADMIN_PORT, "/identity"))
 
     async def clients(self, pod: Pod) -> list[edges_pb2.Edge]:
         """The rows of a proxy's table of clients. Raises `Unreachable`."""
