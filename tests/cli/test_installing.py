@@ -107,6 +107,41 @@ def test_trust_of_ones_own_is_printed_and_nothing_is_made_up(tmp_path: Path):
     assert partial.exit_code == 1 and partial.stdout == "" and "absent" in partial.stderr
 
 
+def test_trust_that_cannot_carry_a_mesh_is_refused_before_anything_is_printed(tmp_path: Path):
+    """An issuer of another root, and that root expired: both are said."""
+    from datetime import UTC, datetime, timedelta
+
+    from mantle.core import ca
+    from mantle.core.names import MeshNames
+
+    now, names = datetime.now(UTC), MeshNames("mantle", "cluster.local")
+    issuer = ca.make_trust(names, now, (b"r" * 16, b"i" * 16))
+    old = ca.make_trust(names, now - timedelta(days=400), (b"r" * 16, b"i" * 16))
+    for name, pem in (("ca", old.roots_pem), ("crt", issuer.issuer_pem), ("key", issuer.issuer_key_pem)):
+        (tmp_path / name).write_bytes(pem)
+    result = run(
+        "install",
+        f"--identity-trust-anchors-file={tmp_path}/ca",
+        f"--identity-issuer-certificate-file={tmp_path}/crt",
+        f"--identity-issuer-key-file={tmp_path}/key",
+    )
+    assert result.exit_code == 1 and result.stdout == ""
+    assert "trust root 1 (CN=root.mantle.cluster.local): found one that expired on" in result.stderr
+    assert "which is none of the trust roots" in result.stderr
+    assert result.stderr.count("fix: ") == 2
+
+
+def test_the_weaker_mode_is_marked_where_it_is_chosen():
+    assert "EXPERIMENTAL" in run("install", "--tls=optional").stderr
+    assert "EXPERIMENTAL" not in run("install").stderr
+
+
+def test_a_selection_of_objects_is_refused():
+    for command in ("install", "upgrade", "uninstall"):
+        result = run(command, "-A")
+        assert result.exit_code == 2 and "--all-namespaces is not possible here" in result.stderr
+
+
 def test_a_chart_is_written_only_where_nothing_else_is(tmp_path: Path):
     directory = tmp_path / "chart"
     for _ in range(2):

@@ -276,6 +276,12 @@ def test_a_registry_stands_before_every_image():
     }
 
 
+def test_what_the_registry_asks_for_is_shown_by_every_pod():
+    objects = install_objects(load({"imagePullSecrets": "a,b"}), TRUST)
+    for component in COMPONENTS:
+        assert pod(objects, component)["spec"]["imagePullSecrets"] == [{"name": "a"}, {"name": "b"}]
+
+
 def test_the_mesh_defaults_of_proxies_give_way_to_a_pods_own():
     values = injection_values(load({"proxy": {"logLevel": "debug", "nativeSidecar": False}}), "ROOTS\n")
     annotations = {"mantle.dev/inject": "enabled", "config.mantle.dev/proxy-log-level": "trace"}

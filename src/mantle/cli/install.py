@@ -43,6 +43,7 @@ def command(
 
     With a cluster (the kubeconfig's, or --context) its trust root is kept, and what stands in the way is said.
     """
+    flags.refuse_selection()
     output = flags.output_of("yaml", "json")
     given, values = read_all({}, files, sets, named, flags.namespace)
     if helm_chart is not None:
@@ -71,7 +72,7 @@ def command(
             "no cluster was asked, so this is a fresh trust root: keep this output. "
             "A second one, applied over it, would cut off every pod that is in the mesh by then"
         )
-    say(notes)
+    say([*notes, *mode_notes(values)])
     print_objects(install_objects(values, trust.material, given), output)
 
 
@@ -113,6 +114,16 @@ def cluster_client(flags: Globals) -> KubeClient | None:
     acting = f", as {access.acting_as.user}" if access.acting_as.user else ""
     sys.stderr.write(escape(f"cluster {access.server} (context {access.context}{acting})") + "\n")
     return KubeClient(access)
+
+
+def mode_notes(values: InstallValues) -> list[str]:
+    """What people must know about the mode they chose."""
+    if values.tls != "optional":
+        return []
+    return [
+        "tls=optional adds the EXPERIMENTAL mode, which is weaker: its ca makes the private keys and hands them out as "
+        "Secrets, and its proxies fall back to plaintext (docs/optional-tls.md). The default mode stays as it is"
+    ]
 
 
 def refusal(faults: Sequence[Fault]) -> Failure:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from mantle.cli.install import cluster_client, print_objects, refusal, say
+import click
+
+from mantle.cli.install import cluster_client, mode_notes, print_objects, refusal, say
 from mantle.cli.installing import read_all, value_options
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Failure
@@ -19,7 +21,8 @@ from mantle.cli.output import Failure
 
 @mesh_command()
 @value_options
-def command(flags: Globals, files: Sequence[str], sets: Sequence[str], **named: Any) -> None:
+@click.option("--reset-values", is_flag=True, help="Start from the defaults instead of what was given before.")
+def command(flags: Globals, files: Sequence[str], sets: Sequence[str], reset_values: bool, **named: Any) -> None:
     """Print the control plane of this version, with the mesh's own values, for kubectl apply:
 
     mantle upgrade | kubectl apply --prune -l mantle.dev/part-of=mantle -f -
@@ -29,6 +32,7 @@ def command(flags: Globals, files: Sequence[str], sets: Sequence[str], **named: 
     from mantle.manifests.render import TrustMaterial, install_objects
     from mantle.manifests.trust import Decision, Given, decide
 
+    flags.refuse_selection()
     output = flags.output_of("yaml", "json")
     client = cluster_client(flags)
     if client is None:
@@ -42,12 +46,13 @@ def command(flags: Globals, files: Sequence[str], sets: Sequence[str], **named: 
             f"namespace {namespace} holds no mesh to upgrade: {missing} is not there",
             "`mantle install | kubectl apply -f -` installs one, and keeps the trust that is there",
         )
-    given, values = read_all(stored, files, sets, named, flags.namespace)
+    given, values = read_all({} if reset_values else stored, files, sets, named, flags.namespace)
     if faults := list(obstacles(facts, values)):
         raise refusal(faults)
     trust = decide(values, Given(), facts.trust, datetime.now(UTC), secrets.token_bytes)
     # An upgrade changes no trust, so what is wrong with it must not keep anybody from one.
-    say(trust.notes if isinstance(trust, Decision) else [f"{fault}; {fault.fix}" for fault in trust])
+    notes = trust.notes if isinstance(trust, Decision) else [f"{fault}; {fault.fix}" for fault in trust]
+    say([*notes, *mode_notes(values)])
     print_objects(install_objects(values, TrustMaterial(facts.trust.roots, emit_roots=False), given), output)
 
 

@@ -44,6 +44,7 @@ class InstallValues:
     registry: str = ""
     version: str = __version__
     image_pull_policy: str = "IfNotPresent"
+    image_pull_secrets: tuple[str, ...] = ()
     tls: str = "required"
     ha: bool = False
     replicas: int = 0
@@ -141,10 +142,14 @@ def _count(raw: Any) -> int:
     return int(raw)
 
 
-def _list(item: Callable[[str], str]) -> Callable[[Any], tuple[str, ...]]:
+def _list(item: Callable[[str], str], least: int = 1) -> Callable[[Any], tuple[str, ...]]:
     def parse(raw: Any) -> tuple[str, ...]:
         parts = [part.strip() for part in raw.split(",") if part.strip()] if isinstance(raw, str) else raw
-        if not isinstance(parts, list | tuple) or not parts or not all(isinstance(part, str) for part in parts):
+        if (
+            not isinstance(parts, list | tuple)
+            or len(parts) < least
+            or not all(isinstance(part, str) for part in parts)
+        ):
             raise ValueError(raw)
         return tuple(item(part) for part in parts)
 
@@ -207,6 +212,13 @@ VALUES: tuple[Value, ...] = (
         _choice("Always", "IfNotPresent", "Never"),
         "Always, IfNotPresent or Never",
         "when images are pulled",
+    ),
+    Value(
+        "imagePullSecrets",
+        "image_pull_secrets",
+        _list(_text(is_subdomain), least=0),
+        "a list of names of Secrets",
+        "what the control plane's pods show the registry; a meshed pod shows its own, for its proxy, too",
     ),
     Value(
         "tls",

@@ -179,6 +179,8 @@ def _workload(
         result = _merged(result, spread)
     result["spec"]["replicas"] = 1 if component in ALONE else values.running
     template = result["spec"]["template"]
+    if values.image_pull_secrets:
+        template["spec"]["imagePullSecrets"] = [{"name": name} for name in values.image_pull_secrets]
     for container in template["spec"]["containers"]:
         container["image"] = (
             container["image"].replace("mantle/", f"{values.registry}/mantle/", 1)
