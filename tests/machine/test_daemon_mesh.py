@@ -155,6 +155,11 @@ def test_a_mesh_lives_changes_survives_its_daemon_and_leaves_nothing(host: Any, 
             .startswith("web-")
         )
         assert '"GET / HTTP/1.1" 200' in await mantle("logs", web, "-n", "shop")
+        following = await start("logs", "-f", "deploy/web", "-n", "shop")
+        assert following.stdout and await following.stdout.readline()
+        following.send_signal(signal.SIGINT)
+        await following.communicate()
+        assert following.returncode == 0
 
         # a ConfigMap reaches running pods; a changed Deployment is replaced; what left the file is removed
         said = await mantle("up", "-d", "--timeout", "1", write_app(home, "blue"), code=None)

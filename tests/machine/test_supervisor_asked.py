@@ -39,7 +39,7 @@ def test_exec_and_probes(host: Any, idle: ContainerSpec) -> None:
                 2, "bad"
             )
             assert await pod.probe("app", ["nope"], PATIENCE) == client.ProbeResult(
-                127, "mantle: cannot execute nope: No such file or directory"
+                127, "mantle: cannot execute nope: no such program on the container's PATH"
             )
             hung = await pod.probe("app", ["/bin/sh", "-c", "echo begun; sleep 1000 & sleep 1000"], 3)
             assert hung == client.ProbeResult(None, "begun")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -39,9 +40,10 @@ def command(flags: Globals, pod: str, container: str | None, follow: bool, tail:
             f"container {name} has not written anything yet ({state['reason'] or state['state']})",
             fix="see `mantle ps`",
         )
-    for line in _lines(path, follow, tail):
-        _print(line, timestamps)
-    sys.stdout.flush()
+    with contextlib.suppress(KeyboardInterrupt):  # how following ends
+        for line in _lines(path, follow, tail):
+            _print(line, timestamps)
+        sys.stdout.flush()
 
 
 def _lines(path: Path, follow: bool, tail: int | None) -> Iterator[bytes]:

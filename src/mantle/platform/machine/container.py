@@ -307,7 +307,11 @@ def _join(place: Place, spec: ContainerSpec, app: int, command: Command, stdio: 
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             os.execvpe(command.argv[0], command.argv, command.env)
         except OSError as error:
-            os.write(2, f"mantle: cannot execute {command.argv[0]}: {error.strerror or error}\n".encode())
+            name, why = command.argv[0], error.strerror or str(error)
+            path = command.env.get("PATH", os.defpath).split(":")
+            if "/" not in name and not any(os.access(f"{directory}/{name}", os.X_OK) for directory in path):
+                why = "no such program on the container's PATH"  # a directory it may not enter would say otherwise
+            os.write(2, f"mantle: cannot execute {name}: {why}\n".encode())
         finally:
             os._exit(127)
     ns.close_other_fds(())
