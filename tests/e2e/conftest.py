@@ -15,14 +15,14 @@ from e2e.stage import COMPONENTS, TOOL, Cluster, environment, keep, load_images,
 
 
 @pytest.fixture(scope="session")
-def bare() -> Iterator[Cluster]:
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster with our images and nothing else of ours."""
     if not keep():
         subprocess.run([TOOL, "down"], check=True, timeout=120)
     subprocess.run([TOOL, "up"], check=True, timeout=1800)
     try:
         load_images(("proxy", "control-plane", "debug", "emojivoto"), os.environ.get("MANTLE_E2E_PROFILE", "dev"))
-        yield Cluster(environment())
+        yield Cluster(environment(tmp_path_factory.mktemp("programs")))
     finally:
         if not keep():
             subprocess.run([TOOL, "down"], check=True, timeout=120)

@@ -53,7 +53,7 @@ class Cluster:
         return json.loads(self.kubectl("get", *argv, "-o", "json"))
 
     def mantle(self, *argv: str, given: str | None = None, timeout: float = 120, code: int | None = 0) -> str:
-        return self.run(sys.executable, "-m", "mantle", *argv, given=given, timeout=timeout, code=code)
+        return self.run("mantle", *argv, given=given, timeout=timeout, code=code)
 
     def apply(self, text: str, *argv: str) -> str:
         return self.kubectl("apply", *argv, "-f", "-", given=text)
@@ -120,14 +120,21 @@ def meshed(cluster: Cluster, namespace: str) -> None:
     until(all_meshed, f"every pod of {namespace} has a proxy")
 
 
-def environment() -> dict[str, str]:
-    """The environment that `cluster env` describes, and ours without proxies of the network."""
+def environment(programs: Path) -> dict[str, str]:
+    """The environment that `cluster env` describes, and ours without proxies of the network.
+
+    `programs` gets a `mantle` that always means this cluster: a mesh that happens to run on this machine is not asked.
+    """
+    mantle = programs / "mantle"
+    mantle.write_text(f'#!/bin/sh\nexec {sys.executable} -m mantle --context mantle-e2e "$@"\n')
+    mantle.chmod(0o755)
     shell = subprocess.run(
         ["bash", "-c", f'eval "$({TOOL} env)" && env -0'], check=True, capture_output=True, text=True
     ).stdout
     pairs = (item.partition("=") for item in shell.split("\0") if item)
     unwanted = ("_", "SHLVL", "PWD", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
-    return {name: value for name, _, value in pairs if name not in unwanted}
+    found = {name: value for name, _, value in pairs if name not in unwanted}
+    return found | {"PATH": f"{programs}:{found['PATH']}"}
 
 
 def load_images(names: Sequence[str], profile: str) -> None:

@@ -27,7 +27,7 @@ ROUTES = {
 
 def tapped(cluster: Cluster, *arguments: str, seconds: str = "6") -> list[re.Match[str]]:
     """The lines of some seconds of tap, each of which must have the seeds' form to the byte."""
-    said = cluster.run("timeout", "-s", "INT", seconds, ".venv/bin/mantle", *arguments, code=None)
+    said = cluster.run("timeout", "-s", "INT", seconds, "mantle", *arguments, code=None)
     lines = [LINE.fullmatch(line) for line in said.splitlines()]
     wrong = [line for line, match in zip(said.splitlines(), lines, strict=True) if not match]
     assert not wrong, f"not a line of tap: {wrong[:3]}"

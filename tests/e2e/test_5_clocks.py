@@ -1,0 +1,80 @@
+"""Identity's clock is five minutes off: proxies with a certificate notice nothing, new ones are told, none is plain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from e2e.stage import Cluster, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+NAMESPACE = "clocks"
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime")
+
+
+@contextmanager
+def identity_off_by(cluster: Cluster, offset: str) -> Iterator[None]:
+    """Identity runs under libfaketime, which it finds on the node; afterwards as before."""
+    assert FAKETIME.is_dir(), f"{FAKETIME} is missing: tests/e2e/programs.txt names its package"
+    env = {"LD_PRELOAD": "/faketime/libfaketime.so.1", "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    container = "/spec/template/spec/containers/0"
+    patch = [
+        {"op": "test", "path": f"{container}/name", "value": "identity"},
+        {"op": "add", "path": f"{container}/env", "value": [{"name": k, "value": v} for k, v in env.items()]},
+        {
+            "op": "add",
+            "path": f"{container}/volumeMounts/-",
+            "value": {"name": "faketime", "mountPath": "/faketime", "readOnly": True},
+        },
+        {
+            "op": "add",
+            "path": "/spec/template/spec/volumes/-",
+            "value": {"name": "faketime", "hostPath": {"path": str(FAKETIME)}},
+        },
+    ]
+    cluster.kubectl("patch", "deploy", "-n", "mantle", "mantle-identity", "--type=json", "-p", json.dumps(patch))
+    try:
+        cluster.rolled_out("mantle", "mantle-identity")
+        yield
+    finally:
+        cluster.kubectl("rollout", "undo", "-n", "mantle", "deploy/mantle-identity")
+        cluster.rolled_out("mantle", "mantle-identity")
+
+
+@pytest.fixture
+def space(emojivoto: Cluster) -> Iterator[Cluster]:
+    metadata = {"name": NAMESPACE, "annotations": {"mantle.dev/inject": "enabled"}}
+    emojivoto.apply(json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}))
+    try:
+        yield emojivoto
+    finally:
+        emojivoto.kubectl("delete", "ns", NAMESPACE, "--timeout=90s")
+
+
+def new_pod(cluster: Cluster) -> None:
+    spec = {"terminationGracePeriodSeconds": 0, "containers": [{"name": "main", "image": "mantle.local/pause:1"}]}
+    metadata = {"name": "new", "namespace": NAMESPACE}
+    cluster.apply(json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}))
+
+
+def test_a_slow_clock_of_identity_is_no_trouble(space: Cluster) -> None:
+    with identity_off_by(space, "-300s"):
+        new_pod(space)
+        space.kubectl("wait", "-n", NAMESPACE, "pod/new", "--for=condition=Ready", "--timeout=90s")
+
+
+def test_a_fast_clock_of_identity_is_named_and_mends_itself(space: Cluster) -> None:
+    """Its certificates are not valid yet for everybody else."""
+    with identity_off_by(space, "+300s"):
+        new_pod(space)
+
+        def told() -> bool:
+            said = space.kubectl("logs", "-n", NAMESPACE, "new", "-c", "mantle-proxy", code=None)
+            assert "certified name=" not in said, "a certificate of the future was accepted"
+            return "clock" in said
+
+        until(told, "the proxy says that clocks differ", 90)
+    space.kubectl("wait", "-n", NAMESPACE, "pod/new", "--for=condition=Ready", "--timeout=120s")
