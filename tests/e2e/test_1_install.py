@@ -45,14 +45,15 @@ def test_no_role_has_a_wildcard(cluster: Cluster) -> None:
         assert "*" not in json.dumps(role["rules"]), role["metadata"]["name"]
 
 
-def test_only_init_containers_have_a_capability_and_nothing_runs_as_root(cluster: Cluster) -> None:
+def test_only_what_keeps_the_redirect_has_a_capability_and_nothing_runs_as_root(cluster: Cluster) -> None:
     for pod in cluster.pods("mantle"):
         for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]:
             context, name = container["securityContext"], f"{pod['metadata']['name']} {container['name']}"
             assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"], name
             assert context["capabilities"]["drop"] == ["ALL"], name
             added = context["capabilities"].get("add", [])
-            assert added == (["NET_ADMIN"] if container["name"] == "mantle-init" else []), name
+            redirects = container["name"] in ("mantle-init", "mantle-guard")
+            assert added == (["NET_ADMIN"] if redirects else []), name
             assert pod["spec"]["securityContext"].get("runAsNonRoot") or context["runAsNonRoot"], name
 
 
