@@ -25,7 +25,7 @@ Dial = Callable[[], socket.socket]
 def command(flags: Globals, target: str, ports: tuple[str, ...], address: str) -> None:
     """Listen on this machine's loopback and pass each connection on into a pod, until Ctrl-C.
 
-    A LOCAL port of 0, or none that is free, lets the system choose one.
+    An empty LOCAL or 0, or a port's name without LOCAL, lets the system choose one.
     """
     from mantle.cli.machine_client import MachineClient
 
@@ -52,8 +52,8 @@ def command(flags: Globals, target: str, ports: tuple[str, ...], address: str) -
 
 def _pair(text: str) -> tuple[int, str]:
     local, colon, remote = text.rpartition(":")
-    if not colon:
-        local = remote if remote.isdecimal() else "0"
+    if not colon or not local:
+        local = remote if not colon and remote.isdecimal() else "0"
     if (
         not local.isdecimal()
         or int(local) > 65535
