@@ -180,6 +180,7 @@ class Mesh:
         ports: Sequence[int] = (),
         ready: bool = True,
         annotations: dict[str, str] | None = None,
+        labels: dict[str, str] | None = None,
         env: dict[str, str] | None = None,
         files: int = 0,
     ) -> Pod:
@@ -189,7 +190,8 @@ class Mesh:
         ip = f"10.203.0.{len(self.pods) + 2}"
         app = app or name.split("-")[0]
         spec = {"ip": ip, "meshed": meshed, "account": app, "app": app, "ports": list(ports), "ready": ready}
-        pod = Pod(self, name, ip, meshed, spec | {"annotations": annotations or {}}, env or {}, files)
+        spec |= {"annotations": annotations or {}, "labels": labels or {}}
+        pod = Pod(self, name, ip, meshed, spec, env or {}, files)
         index = self.router.inside(lambda: self.router.route.veth(f"v{len(self.pods)}", "eth0", pod.net.fd))
         self.router.route.route(f"{ip}/32", interface=index)
         if not self.pods:

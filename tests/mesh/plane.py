@@ -65,7 +65,7 @@ def _pod(name: str, spec: dict[str, Any]) -> Pod:
         spec["ip"],
         spec["account"],
         Owner("Deployment", spec["app"]),
-        labels={"app": spec["app"]} | ({"mantle.dev/control-plane-ns": "mantle"} if meshed else {}),
+        labels={"app": spec["app"]} | ({"mantle.dev/control-plane-ns": "mantle"} if meshed else {}) | spec["labels"],
         annotations=spec["annotations"],
         ports=tuple(ContainerPort("", port) for port in spec["ports"]),
         ready=spec["ready"],

@@ -1,0 +1,185 @@
+"""The experimental mode's proxies: key and certificate from files, plaintext without, and nobody else trusts them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from mantle.core import ca
+from mantle.core import optional_tls as tls
+from mantle.core.names import MeshNames
+from mantle.core.optional_names import OptionalNames, Owner
+
+from .apps import http_client, http_server
+from .harness import WEB, Mesh, Pod, wait_for
+
+pytestmark = [pytest.mark.mesh, pytest.mark.root]
+
+NAMES = OptionalNames(MeshNames("mantle", "cluster.local"))
+
+
+class Authority:
+    """The ca, without a cluster: it puts an owner's material where the pod's Secret would be."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.authority = tls.new_authority(NAMES, datetime.now(UTC), (secrets.token_bytes(16), secrets.token_bytes(16)))
+        trust = self.authority.trust
+        issuer = ca.load_issuer(trust.issuer_pem, trust.issuer_key_pem, trust.roots_pem)
+        assert isinstance(issuer, ca.Issuer)
+        valid = ca.check_issuer(issuer, datetime.now(UTC))
+        assert isinstance(valid, ca.ValidIssuer)
+        self.valid = valid
+
+    def secret(self, name: str) -> Path:
+        path = self.folder / f"secret-{name}"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def distribute(self, name: str) -> None:
+        now = datetime.now(UTC)
+        owner = Owner("test", "deployment", name)
+        made = tls.issue(self.valid, self.authority, owner, NAMES, now, secrets.token_bytes(16))
+        assert isinstance(made, tls.Material)
+        for file, content in ((tls.CERTIFICATE, made.chain_pem), (tls.KEY, made.key_pem), (tls.ROOTS, made.bundle)):
+            (self.secret(name) / file).write_bytes(content)
+
+    def pod(self, mesh: Mesh, name: str, ports: tuple[int, ...] = ()) -> Pod:
+        env = {
+            "IDENTITY_FILES": str(self.secret(name)),
+            "IDENTITY_FILES_SUFFIX": NAMES.suffix,
+            "IDENTITY_LOCAL_NAME": identity(name),
+        }
+        labels, annotations = {"mantle.dev/tls": "optional"}, {"mantle.dev/tls-owner": f"deployment/{name}"}
+        return mesh.pod(name, ports=ports, labels=labels, annotations=annotations, env=env)
+
+
+def identity(name: str) -> str:
+    found = NAMES.identity(Owner("test", "deployment", name))
+    assert isinstance(found, str)
+    return found
+
+
+@pytest.fixture
+def mesh(tmp_path: Path, mantle_proxy: Path) -> Iterator[Mesh]:
+    with Mesh(tmp_path, mantle_proxy) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def served(pod: Pod) -> bool:
+    with http_client(pod.connect(WEB, 80)) as http:
+        http.request("GET", "/headers")
+        return http.getresponse().read() != b""
+
+
+def requests(pod: Pod, **labels: str) -> float:
+    return pod.metric("request_total", **labels)
+
+
+def test_with_material_at_both_ends_it_is_mutual_tls(mesh: Mesh, authority: Authority) -> None:
+    authority.distribute("client")
+    authority.distribute("web")
+    client, web = authority.pod(mesh, "client"), authority.pod(mesh, "web", (8080,))
+    mesh.service("web", WEB, {80: 8080})
+    mesh.start()
+    with http_server(web.listen(8080)):
+        assert served(client)
+    assert requests(client, direction="outbound", tls="true", server_id=identity("web")) == 1
+    assert requests(web, direction="inbound", tls="true", client_id=identity("client")) == 1
+
+
+def test_without_material_it_is_plaintext_that_says_so_and_tls_as_soon_as_there_is_some(
+    mesh: Mesh, authority: Authority
+) -> None:
+    authority.distribute("web")
+    client, web = authority.pod(mesh, "client"), authority.pod(mesh, "web", (8080,))
+    mesh.service("web", WEB, {80: 8080})
+    mesh.start()
+    with http_server(web.listen(8080)):
+        assert served(client)
+        assert requests(client, direction="outbound", tls="no_identity", no_tls_reason="fail_open") == 1
+        assert requests(web, direction="inbound", tls="no_identity", no_tls_reason="not_provided_by_remote") == 1
+        authority.distribute("client")
+        wait_for(lambda: "TLS material read" in client.log(), "the client to read its Secret", log=client.log)
+        assert served(client)
+    assert requests(client, direction="outbound", tls="true", server_id=identity("web")) == 1
+
+
+def test_a_peer_without_material_is_spoken_to_in_plaintext(mesh: Mesh, authority: Authority) -> None:
+    authority.distribute("client")
+    client, web = authority.pod(mesh, "client"), authority.pod(mesh, "web", (8080,))
+    mesh.service("web", WEB, {80: 8080})
+    mesh.start()
+    with http_server(web.listen(8080)):
+        for _ in range(3):
+            assert served(client), client.log()
+    assert requests(client, direction="outbound", no_tls_reason="fail_open") == 3
+    assert "no TLS with this peer" in client.log()
+
+
+def test_a_certificate_of_another_root_is_worth_nothing_and_breaks_nothing(mesh: Mesh, authority: Authority) -> None:
+    authority.distribute("client")
+    other = Authority(authority.folder)
+    other.distribute("web")
+    client, web = authority.pod(mesh, "client"), authority.pod(mesh, "web", (8080,))
+    mesh.service("web", WEB, {80: 8080})
+    mesh.start()
+    with http_server(web.listen(8080)):
+        assert served(client)
+    assert requests(client, direction="outbound", tls="true") == 0
+    assert requests(web, direction="inbound", tls="true") == 0
+
+
+@pytest.mark.parametrize("optional", ["client", "web"])
+def test_the_two_modes_speak_plaintext_with_each_other(mesh: Mesh, authority: Authority, optional: str) -> None:
+    authority.distribute(optional)
+    client = authority.pod(mesh, "client") if optional == "client" else mesh.pod("client")
+    web = authority.pod(mesh, "web", (8080,)) if optional == "web" else mesh.pod("web", ports=[8080])
+    mesh.service("web", WEB, {80: 8080})
+    mesh.start()
+    with http_server(web.listen(8080)):
+        assert served(client)
+    reason = "not_provided_by_service_discovery"
+    assert requests(client, direction="outbound", tls="no_identity", no_tls_reason=reason) == 1
+
+
+def test_a_pod_on_its_way_to_the_default_mode_accepts_the_listed_identities_until_the_list_is_gone(
+    mesh: Mesh, authority: Authority, tmp_path: Path
+) -> None:
+    authority.distribute("client")
+    client = authority.pod(mesh, "client")
+    listed = tmp_path / "migration"
+    listed.mkdir()
+    (listed / "ca.crt").write_bytes(authority.authority.bundle)
+    (listed / "identities").write_text(identity("client") + "\n")
+    until = datetime.now(UTC) + timedelta(minutes=10)
+    env = {
+        "IDENTITY_MIGRATION": str(listed),
+        "IDENTITY_MIGRATION_ROOTS": sha256(authority.authority.bundle).hexdigest(),
+        "IDENTITY_MIGRATION_UNTIL": str(int(until.timestamp())),
+        "IDENTITY_FILES_SUFFIX": NAMES.suffix,
+    }
+    annotations = {"mantle.dev/tls-migration": f"sha256:{'a' * 64} until:{until.isoformat()}"}
+    web = mesh.pod("web", ports=[8080], annotations=annotations, env=env)
+    mesh.service("web", WEB, {80: 8080})
+    mesh.start()
+    web_name = "web.test.serviceaccount.identity.mantle.cluster.local"
+    with http_server(web.listen(8080)):
+        assert served(client)
+        assert requests(client, direction="outbound", tls="true", server_id=web_name) == 1
+        assert requests(web, direction="inbound", tls="true", client_id=identity("client")) == 1
+        (listed / "identities").unlink()
+        wait_for(lambda: "accepted, or no more" in web.log(), "the migration to end", log=web.log)
+        assert served(client), "no request is lost"
+    assert requests(web, direction="inbound", tls="true") == 1
+    assert requests(client, direction="outbound", no_tls_reason="fail_open") == 1
