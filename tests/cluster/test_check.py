@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -179,6 +180,43 @@ def program_now() -> Any:
     from mantle.control.program import now
 
     return now()
+
+
+def test_a_migration_moves_what_it_can_and_takes_the_list_away_again(api_server: ApiServer, installed: str) -> None:
+    """No pod ever becomes ready here: the command must stop in time, say so, and leave nothing accepted."""
+    namespace = api_server.new_namespace("moving")
+    labels = {"app": "web", "mantle.dev/tls": "optional"}
+    template = {
+        "metadata": {"labels": labels, "annotations": {"mantle.dev/tls-owner": "deployment/web"}},
+        "spec": {"containers": [{"name": "app", "image": "acme/web"}]},
+    }
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "web", "namespace": namespace},
+        "spec": {"replicas": 1, "selector": {"matchLabels": {"app": "web"}}, "template": template},
+    }
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "web-deployment-tls-mantle", "namespace": namespace},
+        "data": {"ca.crt": base64.b64encode(b"ROOTS").decode()},
+    }
+    api_server.kubectl(
+        "apply", "-f", "-", input=json.dumps({"kind": "List", "apiVersion": "v1", "items": [deployment, secret]})
+    )
+    api_server.kubectl("-n", namespace, "wait", "--for=create", "--timeout=30s", "pod", "-l", "app=web")
+    where = ("migrate-tls", "-n", namespace, "--control-namespace", installed)
+    dry = mantle(api_server, *where, "--dry-run")
+    assert (dry.returncode, dry.stdout) == (0, f"deployment/web of {namespace} is to be moved\n")
+    done = mantle(api_server, *where, "--timeout", "2s")
+    assert done.returncode == 1
+    assert f"deployment/web of {namespace} was not moved in time" in done.stderr
+    changed = json.loads(api_server.kubectl("-n", namespace, "get", "deployment", "web", "-o", "json"))
+    annotations = changed["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["config.mantle.dev/tls"] == "required"
+    assert annotations["mantle.dev/tls-migration"].startswith(f"sha256:{hashlib.sha256(b'ROOTS').hexdigest()} until:")
+    assert "mantle-tls-migration" not in api_server.kubectl("-n", namespace, "get", "configmaps", "-o", "name")
 
 
 @pytest.mark.parametrize("secret", ["mantle-identity-issuer", "mantle-injector-tls"])

@@ -91,7 +91,8 @@ class KubeClient:
         """A good answer, closed afterwards."""
         access = self._with_credentials()
         payload = None if body is None else json.dumps(body).encode()
-        headers = _headers(access, payload is not None)
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers = _headers(access, kind if payload is not None else None)
         with closing(self._connection(access)) as connection:
             try:
                 base = urlsplit(access.server).path.rstrip("/")
@@ -182,10 +183,10 @@ def _pem_text(pem: bytes) -> str:
         raise Failure("certificate-authority is not PEM", fix="give it a PEM file") from error
 
 
-def _headers(access: Access, has_body: bool) -> list[tuple[str, str]]:
+def _headers(access: Access, body_type: str | None) -> list[tuple[str, str]]:
     headers = [("Accept", "application/json"), ("User-Agent", f"mantle/{mantle.__version__}")]
-    if has_body:
-        headers.append(("Content-Type", "application/json"))
+    if body_type is not None:
+        headers.append(("Content-Type", body_type))
     token = access.token
     if access.token_file is not None:
         try:

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "uninstall": ("mantle.cli.uninstall:command", "Print everything of Mantle's in a cluster, to delete it."),
     "inject": ("mantle.cli.inject:command", "Add the mesh to Kubernetes YAML."),
     "uninject": ("mantle.cli.uninject:command", "Take Kubernetes YAML out of the mesh again."),
+    "migrate-tls": ("mantle.cli.migrate_tls:command", "Move workloads out of the experimental mode, without a gap."),
     "tap": ("mantle.cli.tap:command", "Watch requests as they happen, with their TLS state."),
     "edges": ("mantle.cli.edges:command", "Show who talks to whom, with both identities, or why not encrypted."),
     "stat": ("mantle.cli.stat:command", "Show success rate, request rate, latency and share of TLS."),
