@@ -43,7 +43,7 @@ def _said(given: Given) -> Values:
         raise Failure(
             "with --ignore-cluster nothing says which roots the mesh trusts",
             "give them with --trust-anchors FILE: kubectl -n mantle get configmap mantle-identity-trust-roots "
-            "-o jsonpath='{.data.ca-bundle\\.crt}'",
+            "-o go-template='{{index .data \"ca-bundle.crt\"}}'",
         )
     try:
         anchors = Path(given.trust_anchors).read_text(encoding="ascii")

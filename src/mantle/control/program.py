@@ -23,6 +23,7 @@ def run(program: Any) -> int:
     """Runs a program. A listener that cannot be had, or a file that cannot be read, is an error with exit code 1."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     logging.getLogger().handlers[0].setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request to the API server
     disable_created_metrics()  # type: ignore[no-untyped-call]  # not annotated upstream
     # Full collections of many thousand streams cost more than all first answers together (bench/RESULTS.md).
     gc.set_threshold(50_000, 20, 100)
