@@ -13,7 +13,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from mantle.core import ca
-from mantle.core.ca import CheckedCsr, Issuer, Leaf, Refusal, Template, Trust, ValidIssuer
+from mantle.core.ca import Issuer, Leaf, Refusal, Template, Trust, ValidIssuer
+from mantle.core.csr import CheckedCsr, check_csr
 from mantle.core.names import MeshNames, Workload
 from mantle.core.reasons import CertifyRefused
 
@@ -51,7 +52,7 @@ def request(key: object = None, names: list[x509.GeneralName] | None = None, com
 def certificate_for(issuer: Issuer, now: datetime = NOW, lifetime: timedelta = ca.LEAF_LIFETIME) -> x509.Certificate:
     valid = ca.check_issuer(issuer, now)
     assert isinstance(valid, ValidIssuer)
-    csr = ca.check_csr(request(), IDENTITY)
+    csr = check_csr(request(), IDENTITY)
     assert isinstance(csr, CheckedCsr)
     wanted = ca.template(valid, csr, WEB, NAMES, now, b"\x80" + b"\x07" * 15, lifetime)
     assert isinstance(wanted, Template)
@@ -203,7 +204,7 @@ WITH_EMAIL: list[x509.GeneralName] = [x509.DNSName(IDENTITY), x509.RFC822Name("a
     ],
 )
 def test_a_request_that_is_refused_says_what_was_found(csr: bytes, reason: CertifyRefused, words: str) -> None:
-    refused = ca.check_csr(csr, IDENTITY)
+    refused = check_csr(csr, IDENTITY)
     assert isinstance(refused, Refusal)
     assert refused.reason is reason
     assert words in refused.found
@@ -214,12 +215,12 @@ def test_a_request_that_is_refused_says_what_was_found(csr: bytes, reason: Certi
 def test_a_bent_bit_anywhere_is_noticed() -> None:
     for position in range(4, len(GOOD), 7):
         bent = GOOD[:position] + bytes([GOOD[position] ^ 0x10]) + GOOD[position + 1 :]
-        assert isinstance(ca.check_csr(bent, IDENTITY), Refusal), position
+        assert isinstance(check_csr(bent, IDENTITY), Refusal), position
 
 
 def test_the_common_name_may_be_empty_or_the_identity() -> None:
     for common_name in (None, IDENTITY):
-        assert isinstance(ca.check_csr(request(common_name=common_name), IDENTITY), CheckedCsr)
+        assert isinstance(check_csr(request(common_name=common_name), IDENTITY), CheckedCsr)
 
 
 def test_a_common_name_longer_than_64_characters_is_read_in_silence() -> None:
@@ -232,7 +233,7 @@ def test_a_common_name_longer_than_64_characters_is_read_in_silence() -> None:
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([long]))
     builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(identity)]), critical=False)
     der = builder.sign(key, hashes.SHA256()).public_bytes(DER)
-    assert isinstance(ca.check_csr(der, identity), CheckedCsr)
+    assert isinstance(check_csr(der, identity), CheckedCsr)
 
 
 # ---- leaves ----
@@ -280,7 +281,7 @@ def test_lifetimes_go_down_to_seconds(issuer: Issuer) -> None:
 
 def signed(issuer: Issuer, workload: Workload, identity: str) -> tuple[Template, Leaf]:
     valid = ca.check_issuer(issuer, NOW)
-    csr = ca.check_csr(request(names=[x509.DNSName(identity)]), identity)
+    csr = check_csr(request(names=[x509.DNSName(identity)]), identity)
     assert isinstance(valid, ValidIssuer) and isinstance(csr, CheckedCsr)
     wanted = ca.template(valid, csr, workload, NAMES, NOW, b"\x01" * 16)
     assert isinstance(wanted, Template)

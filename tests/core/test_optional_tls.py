@@ -14,6 +14,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from mantle.core import ca
 from mantle.core import optional_tls as tls
 from mantle.core.callers import Caller, CallerDenied, Presented, check_caller
+from mantle.core.csr import CheckedCsr
 from mantle.core.endpoints import AddressTarget, Profile, profile, view_of
 from mantle.core.inject import Injected, Refused, inject_pod, uninject_pod
 from mantle.core.model import Key, Pod, Snapshot
@@ -103,7 +104,7 @@ def test_this_root_cannot_vouch_for_a_name_of_the_default_mode(authority: tls.Au
     assert isinstance(identity, str)
     key = ec.generate_private_key(ec.SECP256R1())
     wanted = ca.template(
-        valid(authority), ca.CheckedCsr(identity, key.public_key()), Workload("emojivoto", "web"), MESH, NOW, b"1" * 16
+        valid(authority), CheckedCsr(identity, key.public_key()), Workload("emojivoto", "web"), MESH, NOW, b"1" * 16
     )
     assert isinstance(wanted, ca.Template)
     forged = ca.sign(valid(authority), wanted)

@@ -24,7 +24,8 @@ from prometheus_client import CollectorRegistry
 
 from mantle.control import answers, destination, policy
 from mantle.control.topics import Topics
-from mantle.core.ca import SERIAL_BYTES, check_csr, check_issuer, load_issuer, sign, template
+from mantle.core.ca import SERIAL_BYTES, check_issuer, load_issuer, sign, template
+from mantle.core.csr import check_csr
 from mantle.core.model import ContainerPort, Key, Namespace, Owner, Pod, Service, ServicePort, Snapshot
 from mantle.core.names import MeshNames, Workload
 from mantle.core.world import EVERYWHERE, PRIVATE_NETWORKS, Mesh, World

@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from mantle.control.answers import Context, peer_address
 from mantle.core import ca
 from mantle.core.ca import Refusal
+from mantle.core.csr import check_csr
 from mantle.core.model import Key
 from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.ratelimit import Limited, RateLimiter
@@ -217,7 +218,7 @@ class Certifier:
             return claims
         if (elsewhere := self._check_address(claims, address, loopback)) is not None:
             return elsewhere
-        csr = ca.check_csr(request.certificate_signing_request, request.identity)
+        csr = check_csr(request.certificate_signing_request, request.identity)
         if isinstance(csr, Refusal):
             return csr
         workload = self._check_name(request.identity, claims)

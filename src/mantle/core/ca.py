@@ -1,8 +1,8 @@
 """The certificate authority: a checked request becomes a template, the template a certificate, and that is checked
 again.
 
-`check_issuer` → `check_csr` → `template` → `sign` → a `Leaf`, or a `Refusal` that names what was found, what was wanted
-and what to do. Profile: X.509 v3 (RFC 5280), P-256 and ECDSA-with-SHA256, DNS SAN then SPIFFE URI SAN (SPIFFE
+`check_issuer` → `csr.check_csr` → `template` → `sign` → a `Leaf`, or a `Refusal` that names what was found, what was
+wanted and what to do. Profile: X.509 v3 (RFC 5280), P-256 and ECDSA-with-SHA256, DNS SAN then SPIFFE URI SAN (SPIFFE
 X509-SVID). Time and serial bytes are arguments; the only randomness in here is OpenSSL's, inside key generation and
 ECDSA. Who may have which name is not decided here (`control/identity.py`), nor is anything read or written.
 """
@@ -10,7 +10,6 @@ ECDSA. Who may have which name is not decided here (`control/identity.py`), nor 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,8 +21,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from mantle.core.csr import MAX_COMMON_NAME, CheckedCsr
 from mantle.core.names import BadName
 from mantle.core.reasons import CertifyRefused
+from mantle.core.refusal import Refusal as Refusal  # what the authority answers is asked for here
 
 LEAF_LIFETIME = timedelta(hours=24)
 CLOCK_SKEW = timedelta(seconds=20)
@@ -31,10 +32,6 @@ CLOCK_SKEW = timedelta(seconds=20)
 CA_LIFETIME = timedelta(days=365)
 SERIAL_BYTES = 16
 """128 bits from a cryptographic source: RFC 5280 allows 20 octets, CA/B asks for 64 random bits."""
-
-_MAX_COMMON_NAME = 64
-"""ub-common-name of RFC 5280: longer names stand in the SAN only, which is then critical."""
-_TAG_SEQUENCE = b"\x30"
 
 
 Subject = TypeVar("Subject", contravariant=True)
@@ -56,23 +53,6 @@ class LeafNames(Protocol[Subject]):
 
     def identity(self, subject: Subject, /) -> str | BadName: ...
     def spiffe(self, subject: Subject, /) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why there is no certificate: the reason, what was found, what was wanted, and the fix. `detail` refines the
-    reason.
-    """
-
-    reason: CertifyRefused
-    found: str
-    wanted: str
-    fix: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        label = f"{self.reason} ({self.detail})" if self.detail else f"{self.reason}"
-        return f"{label}: found {self.found}; wanted {self.wanted}; fix: {self.fix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +86,6 @@ class ValidIssuer:
     """An issuer that is valid at the time it was checked for. Made by `check_issuer` only."""
 
     issuer: Issuer
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedCsr:
-    """A request signed by its own key, for one identity and nothing else. Made by `check_csr` only."""
-
-    identity: str
-    public_key: ec.EllipticCurvePublicKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,52 +198,6 @@ def check_issuer(issuer: Issuer, now: datetime) -> ValidIssuer | Refusal:
     return ValidIssuer(issuer)
 
 
-def check_csr(der: bytes, identity: str) -> CheckedCsr | Refusal:
-    """Checks a PKCS#10 request: P-256, signed by its own key (proof of possession), and for `identity` alone."""
-    fix = "send a PKCS#10 request in DER, of a P-256 key, signed by that key"
-    # A trailing byte after the outer SEQUENCE is refused by the parser; anything else than a SEQUENCE is said plainly.
-    if der[:1] != _TAG_SEQUENCE:
-        return Refusal(
-            CertifyRefused.CSR_MALFORMED, "bytes that are not a DER sequence", "PKCS#10 in DER, not PEM", fix
-        )
-    try:
-        csr = x509.load_der_x509_csr(der)
-        key = csr.public_key()
-        names = _requested_names(csr)
-        common_names = _common_names(csr, long=len(identity) > _MAX_COMMON_NAME)
-        algorithm = csr.signature_hash_algorithm
-    except Exception as error:
-        # The parser's errors for hostile bytes are many (ValueError, UnsupportedAlgorithm, ParseError, …), and all mean
-        # this.
-        return Refusal(
-            CertifyRefused.CSR_MALFORMED, f"a request that cannot be parsed ({error})", "PKCS#10 in DER", fix
-        )
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        return Refusal(CertifyRefused.CSR_KEY_UNSUPPORTED, f"a key of type {_key_kind(key)}", "an ECDSA P-256 key", fix)
-    if algorithm is None:
-        return Refusal(CertifyRefused.CSR_NOT_PROVEN, "a signature without a hash", "ECDSA with SHA-256", fix)
-    try:
-        key.verify(csr.signature, csr.tbs_certrequest_bytes, ec.ECDSA(algorithm))
-    except InvalidSignature:
-        return Refusal(
-            CertifyRefused.CSR_NOT_PROVEN,
-            "a signature that the requested key did not make",
-            "a request signed by the key it is for",
-            fix,
-        )
-    if names != [("DNS", identity)] or any(name != identity for name in common_names if name):
-        found = ", ".join(
-            [f"{kind}:{value}" for kind, value in names] + [f"CN:{name}" for name in common_names if name]
-        )
-        return Refusal(
-            CertifyRefused.CSR_NAMES,
-            found or "no name at all",
-            f"exactly DNS:{identity}, and a common name that is empty or the same",
-            "ask for the identity of the proxy's own service account, and put nothing else into the request",
-        )
-    return CheckedCsr(identity, key)
-
-
 def template(
     valid: ValidIssuer,
     csr: CheckedCsr,
@@ -304,7 +230,7 @@ def template(
 def sign(valid: ValidIssuer, wanted: Template) -> Leaf | Refusal:
     """Signs the template and checks the result as a peer would: what leaves here is what was decided, or nothing."""
     issuer = valid.issuer
-    short = len(wanted.identity) <= _MAX_COMMON_NAME
+    short = len(wanted.identity) <= MAX_COMMON_NAME
     subject = [x509.NameAttribute(NameOID.COMMON_NAME, wanted.identity)] if short else []
     certificate = (
         x509.CertificateBuilder()
@@ -434,7 +360,7 @@ def _name(common_name: str) -> x509.Name:
     """A subject of one common name; names of over 64 characters keep their first 64 (a CA is found by its key, not by
     this).
     """
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:_MAX_COMMON_NAME])])
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:MAX_COMMON_NAME])])
 
 
 def path_to_root(
@@ -471,36 +397,6 @@ def _is_ca(certificate: x509.Certificate) -> bool:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
         return False
-
-
-def _requested_names(csr: x509.CertificateSigningRequest) -> list[tuple[str, str]]:
-    """Every alternative name of the request, as (kind, text), in order."""
-    try:
-        names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return []
-    kinds: dict[type[x509.GeneralName], str] = {
-        x509.DNSName: "DNS",
-        x509.UniformResourceIdentifier: "URI",
-        x509.IPAddress: "IP",
-        x509.RFC822Name: "email",
-    }
-    return [(kinds.get(type(name), type(name).__name__), str(name.value)) for name in names]
-
-
-def _common_names(csr: x509.CertificateSigningRequest, long: bool) -> list[str]:
-    """The request's common names. `long`: over 64 characters are expected, as proxies write their identity."""
-    if not long:
-        return [str(attribute.value) for attribute in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    with warnings.catch_warnings():  # cryptography warns of such names, each time anew
-        warnings.filterwarnings("ignore", "Attribute's length must be", UserWarning)
-        return _common_names(csr, long=False)
-
-
-def _key_kind(key: object) -> str:
-    if isinstance(key, ec.EllipticCurvePublicKey):
-        return f"EC {key.curve.name}"
-    return type(key).__name__.lstrip("_").removesuffix("PublicKey")
 
 
 def _subject(certificate: x509.Certificate) -> str:

@@ -37,6 +37,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from mantle.core import ca
 from mantle.core.ca import Refusal, Trust, ValidIssuer
+from mantle.core.csr import check_csr
 from mantle.core.names import BadName
 from mantle.core.optional_names import LABEL_TLS, OPTIONAL, OWNER, OptionalNames, Owner
 from mantle.core.reasons import CertifyRefused
@@ -150,7 +151,7 @@ def issue(
     key = ec.generate_private_key(ec.SECP256R1())
     san = x509.SubjectAlternativeName([x509.DNSName(identity)])
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).add_extension(san, critical=True)
-    csr = ca.check_csr(request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER), identity)
+    csr = check_csr(request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER), identity)
     if isinstance(csr, Refusal):
         return csr
     wanted = ca.template(valid, csr, owner, names, now, serial, lifetime, skew)
