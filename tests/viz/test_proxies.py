@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import grpc
 import grpc.aio
@@ -92,6 +93,19 @@ def test_every_call_demands_the_pod_s_identity() -> None:
         events = [event async for event in proxies.observe(pod(), tap_pb2.ObserveRequest(limit=1))]
         assert len(events) == 1
         assert proxy.demanded == [IDENTITY] * 3
+
+    play(scene)
+
+
+def test_of_the_experimental_mode_only_what_anybody_may_read_is_asked() -> None:
+    weak = replace(pod(), labels={"mantle.dev/tls": "optional"})
+
+    async def scene(proxy: Proxy, proxies: Proxies) -> None:
+        assert await proxies.metrics(weak) == "request_total 7\n"
+        assert await proxies.clients(weak) == []
+        with pytest.raises(Unreachable, match="it is of the experimental mode"):
+            await anext(proxies.observe(weak, tap_pb2.ObserveRequest(limit=1)))
+        assert proxy.demanded == [None], "one plain GET, and no identity that could not be proved"
 
     play(scene)
 

@@ -76,6 +76,7 @@ def message(row: Mapping[str, Any]) -> str:
 
 
 def short_identities(identities: str) -> str:
-    """`service-account.namespace` of each identity, `-` for none."""
-    names = (name.partition(".serviceaccount.identity.")[0] for name in identities.split(",") if name)
+    """`service-account.namespace` of each identity (`owner.kind.namespace` in the experimental mode), `-` for none."""
+    forms = (".serviceaccount.identity.", ".optional.")
+    names = (next((name.partition(f)[0] for f in forms if f in name), name) for name in identities.split(",") if name)
     return ",".join(names) or "-"

@@ -232,10 +232,14 @@ def _client_end(ip: str, addresses: Addresses, kind: str) -> _End:
 
 
 def _identity_like(other: str, subject: Subject) -> str:
-    """The identity of a pod whose peer is named `other`: the same control namespace and trust domain."""
-    _, found, domain = other.partition(".serviceaccount.identity.")
+    """The identity of a pod whose peer is named `other`: the same mode, control namespace and trust domain."""
     account = f"{subject.service_account}.{subject.namespace}"
-    return f"{account}.serviceaccount.identity.{domain}" if found else account
+    _, found, domain = other.partition(".serviceaccount.identity.")
+    if found:
+        return f"{account}.serviceaccount.identity.{domain}"
+    _, found, domain = other.partition(".optional.")
+    owner = f"{subject.owner.name}.{subject.owner.kind.lower()}.{subject.namespace}"
+    return f"{owner}.optional.{domain}" if found else account
 
 
 def _is_loopback(ip: str) -> bool:

@@ -25,9 +25,14 @@ def subject_of(pod: Pod) -> Subject:
 
 
 def short_identity(identity: str) -> str:
-    """`service-account.namespace` of an identity, as tables show it; other names are shown whole."""
-    account, found, _ = identity.partition(".serviceaccount.identity.")
-    return account if found else identity
+    """`service-account.namespace` of an identity, as tables show it, or `owner.kind.namespace` of one of the
+    experimental mode; other names are shown whole.
+    """
+    for form in (".serviceaccount.identity.", ".optional."):
+        account, found, _ = identity.partition(form)
+        if found:
+            return account
+    return identity
 
 
 def selected_by(service: Service, pods: Iterable[Pod]) -> list[Pod]:

@@ -2,6 +2,9 @@
 
 Everything goes out in plaintext to POD_IP and is taken by this pod's own proxy, which makes it mutual TLS; the header
 `l5d-require-id` makes that proxy refuse any other identity than the pod's, so that nothing is ever asked of a stranger.
+
+Pods of the experimental mode are the exception: no proxy of the default mode can verify them. Of them only what anybody
+may read is asked, in plaintext: metrics and the certificate, not the table of clients, and no tap.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import grpc.aio
 
 from mantle.core.model import Pod
 from mantle.core.names import BadName, MeshNames, Workload
+from mantle.core.world import is_optional
 from mantle.gen.io.linkerd.proxy import tap_pb2
 from mantle.gen.mantle.v1 import edges_pb2
 
@@ -63,7 +67,8 @@ class Proxies:
             raise RuntimeError("Proxies is used outside `async with`")
         url = f"http://{_host(pod.ip)}:{port}{path}"
         try:
-            async with self._http.get(url, headers={REQUIRE_ID: self._identity(pod)}) as answer:
+            headers = {} if is_optional(pod) else {REQUIRE_ID: self._identity(pod)}
+            async with self._http.get(url, headers=headers) as answer:
                 if answer.status != 200:
                     raise Unreachable(f"GET {url} answered {answer.status}")
                 body = bytearray()
@@ -80,7 +85,9 @@ class Proxies:
         return ssl.DER_cert_to_PEM_cert(await self._get(pod, ADMIN_PORT, "/identity"))
 
     async def clients(self, pod: Pod) -> list[edges_pb2.Edge]:
-        """The rows of a proxy's table of clients. Raises `Unreachable`."""
+        """The rows of a proxy's table of clients; none of a pod of the experimental mode. Raises `Unreachable`."""
+        if is_optional(pod):
+            return []
         call = self._channel(pod).unary_unary(
             "/mantle.v1.Edges/List",
             request_serializer=edges_pb2.ListRequest.SerializeToString,
@@ -94,6 +101,11 @@ class Proxies:
 
     async def observe(self, pod: Pod, request: tap_pb2.ObserveRequest) -> AsyncIterator[tap_pb2.TapEvent]:
         """The events of one `Observe`, which ends at its limit. Raises `Unreachable`."""
+        if is_optional(pod):
+            raise Unreachable(
+                f"tap on {pod.key}: it is of the experimental mode and cannot prove itself; tap its peers of the "
+                "default mode, or move it with `mantle migrate-tls`"
+            )
         call = self._channel(pod).unary_stream(
             "/io.linkerd.proxy.tap.Tap/Observe",
             request_serializer=tap_pb2.ObserveRequest.SerializeToString,
