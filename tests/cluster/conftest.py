@@ -6,6 +6,8 @@ the tool that starts the cluster is tests/e2e/cluster.
 
 import asyncio
 import inspect
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,12 @@ def api_server() -> Iterator[ApiServer]:
     """The API server; ends with the session, also when tests failed."""
     with running() as server:
         yield server
+
+
+def pytest_configure() -> None:
+    """A run that is told to end takes its API server with it: teardown runs after Ctrl-C, not after SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
