@@ -124,6 +124,16 @@ METHODS: Mapping[str, tuple[str, Any, Any]] = {
         inbound_pb2.PortSpec,
         inbound_pb2.Server,
     ),
+    "OutboundGet": (
+        "io.linkerd.proxy.outbound.OutboundPolicies/Get",
+        outbound_pb2.TrafficSpec,
+        outbound_pb2.OutboundPolicy,
+    ),
+    "GetPort": (
+        "io.linkerd.proxy.inbound.InboundServerPolicies/GetPort",
+        inbound_pb2.PortSpec,
+        inbound_pb2.Server,
+    ),
 }
 
 
@@ -180,6 +190,18 @@ class Discovery:
         )
         metadata = (("l5d-client-id", IDENTITY.format(*client.split("."))),) if client else ()
         return Stream(call(request, metadata=metadata, timeout=30))
+
+    async def ask(self, method: str, request: Any, client: str = "web.emojivoto") -> Any:
+        """The answer of a method that answers once, or the status that it refused with."""
+        path, sent, received = METHODS[method]
+        call = self.channel.unary_unary(
+            f"/{path}", request_serializer=sent.SerializeToString, response_deserializer=received.FromString
+        )
+        metadata = (("l5d-client-id", IDENTITY.format(*client.split("."))),) if client else ()
+        try:
+            return await call(request, metadata=metadata, timeout=5)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
 
     def counted(self, method: str, result: str) -> float:
         labels = {"method": method, "result": result}

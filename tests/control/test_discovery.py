@@ -261,6 +261,21 @@ def test_a_policy_whose_service_goes_away_ends_as_not_found() -> None:
     play(script, WEB_SVC, WEB)
 
 
+def test_who_asks_once_hears_what_a_stream_says_first() -> None:
+    async def script(server: Discovery) -> None:
+        for once, stream, question, stranger in (
+            ("OutboundGet", "Watch", traffic("10.203.128.1", 80), traffic("10.203.128.1", 81)),
+            ("GetPort", "WatchPort", port(8080), inbound_pb2.PortSpec(workload=CONTEXT, port=70_000)),
+        ):
+            assert await server.ask(once, question) == await server.open(stream, question).next()
+            assert await server.ask(once, stranger) == await server.open(stream, stranger).code()
+            assert await server.ask(once, question, client="emoji.emojivoto") is grpc.StatusCode.PERMISSION_DENIED
+            assert await server.ask(once, question, client="") is grpc.StatusCode.UNAUTHENTICATED
+            assert server.counted(once, "ok") == 1
+
+    play(script, WEB_SVC, WEB)
+
+
 # ---- inbound policy ----
 
 
