@@ -86,7 +86,8 @@ def sidecar(config: Config, values: Values, env: list[Object]) -> Object:
             {"name": "mantle-admin", "containerPort": admin},
         ],
         "readinessProbe": probe("/ready", initialDelaySeconds=2),
-        "livenessProbe": probe("/live", initialDelaySeconds=10),
+        # A minute of silence: a node that is busy must not lose its proxies for being slow.
+        "livenessProbe": probe("/live", initialDelaySeconds=10, timeoutSeconds=5, failureThreshold=6),
         "securityContext": _confined(
             config.get("proxy-uid", values.proxy_uid), [] if values.mark is None else ["NET_ADMIN"]
         ),
