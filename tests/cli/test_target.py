@@ -159,13 +159,15 @@ def test_tap_watches_below_watch_so_that_rbac_sees_the_verb(server: ApiServer) -
     ended = mantle("tap deploy/web -n emojivoto --path /api -l app=web,tier!=db")
     assert ended.exit_code == 0
     assert ended.stderr.endswith("warning: emojivoto/web-1: gone\n")
-    for line in ("tap po -n emojivoto", "tap ns/emojivoto", "tap ns -n emojivoto"):
+    for line in ("tap po -n emojivoto", "tap ns/emojivoto", "tap ns -n emojivoto", "tap deploy -A", "top ns -A"):
         mantle(line)
     assert [path.removeprefix(ROOT) for _, path, _ in server.asked] == [
         "/watch/namespaces/emojivoto/deployments/web/tap",
         "/watch/namespaces/emojivoto/pods/-/tap",
         "/watch/namespaces/emojivoto/namespaces/emojivoto/tap",
         "/watch/namespaces/emojivoto/namespaces/emojivoto/tap",
+        "/watch/deployments/-/tap",
+        "/watch/namespaces/-/tap",
     ]
     body = server.asked[0][2]
     assert (body["path"], body["selector"], "target" in body) == ("/api", "app=web,tier!=db", False)
@@ -210,7 +212,7 @@ def test_a_mesh_on_this_machine_comes_before_the_kubeconfig(
         ("--kubeconfig x edges deploy --mesh a", "--mesh is a mesh of this machine and --kubeconfig a cluster"),
         ("edges deploy --as-group devs", "--as-group needs --as USER"),
         ("edges deploy -l a=(", "--selector: the selector has 'a=('"),
-        ("tap deploy -A", "tap watches one namespace"),
+        ("tap deploy/web -A", "a resource cannot be named across all namespaces: leave out web, or -A"),
         ("up a.yml --context dev", "on a cluster use `kubectl apply -f FILE`"),
     ],
 )

@@ -205,6 +205,10 @@ def test_a_refusal_names_the_command_that_grants_it(views: Views, namespace: str
     granted_all = granted(views.mantle(f"edges deploy -A --as {user}"))
     assert granted_all[:2] == ["create", "clusterrolebinding"]
     assert views.mantle(f"edges deploy -n {namespace} --as {user}").returncode == 0
+    everywhere = granted(views.mantle(f"tap po -A --as {user}"))
+    assert everywhere[:2] == ["create", "clusterrolebinding"]
+    views.api.kubectl(*everywhere)
+    assert "/web-1: " in tapped(views, f"tap po -A --as {user}")
     can = views.api.kubectl("auth", "can-i", "watch", "pods.tap.mantle.dev", "--subresource=tap", f"--as={user}",
                             "-n", namespace)  # fmt: skip
     assert can.strip() == "yes"

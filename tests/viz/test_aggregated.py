@@ -125,7 +125,8 @@ def test_views_are_those_of_the_namespace_in_the_path_and_need_its_right(tmp_pat
 
 def test_tap_needs_watch_on_the_very_resource(tmp_path: Path) -> None:
     web_only = Right("watch", "deployments", "tap", "emojivoto", "web")
-    stage = Stage(tmp_path, web_only, Right("watch", "namespaces", "tap", "emojivoto", "emojivoto"))
+    everywhere = Right("watch", "pods", "tap")
+    stage = Stage(tmp_path, web_only, Right("watch", "namespaces", "tap", "emojivoto", "emojivoto"), everywhere)
     watch = f"{ROOT}/watch/namespaces"
 
     async def scene() -> None:
@@ -143,11 +144,15 @@ def test_tap_needs_watch_on_the_very_resource(tmp_path: Path) -> None:
                 ("other/deployments/web/tap", 403),
                 ("emojivoto/namespaces/other/tap", 400),
                 ("emojivoto/secrets/x/tap", 404),
+                ("emojivoto/deployments/-web/tap", 403),
             ):
                 async with client.post(f"{watch}/{path}", headers=ALICE) as answer:
                     assert (path, answer.status) == (path, status)
             async with client.get(f"{watch}/emojivoto/namespaces/emojivoto/tap", headers=ALICE) as answer:
                 assert answer.status == 200
+            for path, status in (("pods/-/tap", 200), ("deployments/-/tap", 403), ("pods/web-1/tap", 404)):
+                async with client.post(f"{ROOT}/watch/{path}", headers=ALICE) as answer:
+                    assert (path, answer.status) == (path, status)
 
     stage(scene)
 

@@ -15,6 +15,7 @@ import click
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import escape, json_line, write
 from mantle.cli.resource import Resource, checked_selector, parse
+from mantle.cli.target import namespace_of
 from mantle.cli.target import target as target_of
 from mantle.core.views import TAPPED
 
@@ -59,8 +60,7 @@ def command(
     output = flags.output_of("table", "wide", "json")
     target = parse(resource, KINDS)
     selector = checked_selector(flags)
-    if flags.all_namespaces:
-        raise click.UsageError("--all-namespaces is not possible here: tap watches one namespace; name it with -n")
+    refuse_name_everywhere(flags, target)
     mesh = target_of(flags, json=output == "json")
     namespace = flags.namespace or mesh.default_namespace
     body = {
@@ -74,13 +74,19 @@ def command(
         **({"selector": selector} if selector else {}),
     }
     try:
-        for event in mesh.views.tap(_object(target, namespace), body):
+        for event in mesh.views.tap(_object(target, namespace_of(flags, mesh) or ""), body):
             if notice := event.get("notice"):
                 sys.stderr.write(f"warning: {escape(notice['pod'])}: {escape(notice['message'])}\n")
             else:
                 write(json_line(event) if output == "json" else line_of(event, wide=output == "wide") + "\n")
     except KeyboardInterrupt:
         return
+
+
+def refuse_name_everywhere(flags: Globals, target: Resource) -> None:
+    """As in kubectl: one name is not looked for in all namespaces. Raises a usage error."""
+    if flags.all_namespaces and target.name:
+        raise click.UsageError(f"a resource cannot be named across all namespaces: leave out {target.name}, or -A")
 
 
 def to_object(to: str | None, to_namespace: str | None, namespace: str) -> dict[str, str] | None:

@@ -33,7 +33,7 @@ class Views(Protocol):
         ...
 
     def tap(self, target: Mapping[str, str], body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of `target` (kind, name, namespace) as they happen. Raises `Failure`."""
+        """The events of `target` (kind, name, namespace; empty: all) as they happen. Raises `Failure`."""
         ...
 
 
@@ -155,4 +155,5 @@ class _MachineViews:
         return self._client.get(f"/v1/viz/{view}", **query, **where)
 
     def tap(self, target: Mapping[str, str], body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        return self._client.stream("/v1/viz/tap", {**body, "target": dict(target)})
+        named = {**target, **({} if target["namespace"] else {"all": True})}
+        return self._client.stream("/v1/viz/tap", {**body, "target": named})

@@ -19,7 +19,8 @@ from mantle.cli.duration import seconds_of
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import escape, json_text, left_table, write
 from mantle.cli.resource import checked_selector, parse
-from mantle.cli.tap import to_object
+from mantle.cli.tap import refuse_name_everywhere, to_object
+from mantle.cli.target import namespace_of
 from mantle.cli.target import target as target_of
 from mantle.cli.top_table import Top
 from mantle.core.views import TAPPED
@@ -58,12 +59,12 @@ def command(
     output = flags.output_of("table", "json")
     target, selector = parse(resource, TAPPED), checked_selector(flags)
     seconds = seconds_of(span) if span is not None else None
-    if flags.all_namespaces:
-        raise click.UsageError("--all-namespaces is not possible here: top watches one namespace; name it with -n")
+    refuse_name_everywhere(flags, target)
     mesh = target_of(flags, json=output == "json")
     namespace = flags.namespace or mesh.default_namespace
     body = {**filters, "to": to_object(to, to_namespace, namespace)} | ({"selector": selector} if selector else {})
-    events = mesh.views.tap({"kind": target.kind, "name": target.name, "namespace": namespace}, body)
+    where = namespace_of(flags, mesh) or ""
+    events = mesh.views.tap({"kind": target.kind, "name": target.name, "namespace": where}, body)
     top = Top(hide_sources)
     with _time_limit(seconds):
         if output == "json":

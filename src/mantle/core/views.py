@@ -63,14 +63,18 @@ def view_right(view: str, namespace: str | None) -> Right:
 
 
 def tap_path(kind: str, name: str, namespace: str) -> str:
-    """Where the traffic of a resource is watched. `kind` is a key of `PLURALS`; `name` empty: all of that kind."""
+    """Where the traffic of a resource is watched. `kind` is a key of `PLURALS`; `name` empty: all of that kind;
+    `namespace` empty: in all of them.
+    """
+    if not namespace:
+        return f"{ROOT}/watch/{PLURALS[kind]}/{ALL}/tap"
     if kind == "namespace":
         namespace = name = name or namespace
     return f"{ROOT}/watch/namespaces/{namespace}/{PLURALS[kind]}/{name or ALL}/tap"
 
 
 def tap_right(kind: str, name: str, namespace: str) -> Right:
-    if kind == "namespace":
+    if kind == "namespace" and namespace:
         namespace = name = name or namespace
     return Right("watch", PLURALS[kind], "tap", namespace, name)
 

@@ -72,6 +72,7 @@ class Aggregated:
             app.router.add_get(f"{root}/namespaces/{{namespace}}/{view}", self._view(view))
         for method in ("GET", "POST"):
             app.router.add_route(method, f"{root}/watch/namespaces/{{namespace}}/{{plural}}/{{name}}/tap", self.tap)
+            app.router.add_route(method, f"{root}/watch/{{plural}}/{views.ALL}/tap", self.tap)
         return app
 
     def _view(self, view: str) -> Any:
@@ -90,14 +91,16 @@ class Aggregated:
         kind = views.KIND_OF_PLURAL.get(request.match_info["plural"])
         if kind is None:
             raise web.HTTPNotFound
-        name = request.match_info["name"].removeprefix(views.ALL)
-        namespace = request.match_info["namespace"]
+        name = request.match_info.get("name", views.ALL)
+        name = "" if name == views.ALL else name
+        namespace = request.match_info.get("namespace", "")
         right = views.tap_right(kind, name, namespace)
         if kind == "namespace" and name != namespace:
             raise BadRequest([(f"{right} is asked for {name or 'all'}", "name the same namespace twice in the path")])
         await self._require(user, right)
         body = await parse_body(request) if request.can_read_body else {}
-        query = tap_query({**body, "target": {"kind": kind, "name": name, "namespace": namespace}})
+        target = {"kind": kind, "name": name, "namespace": namespace, "all": not namespace}
+        query = tap_query({**body, "target": target})
         log.info("%s watches %s", user.name, right)
         return await self._api.tap(request, query)
 

@@ -177,7 +177,10 @@ def tap_query(body: Mapping[str, Any]) -> tap_events.TapQuery:
             return None
         if fields[0] not in tap_events.TARGET_KINDS:
             mistakes.append((f"{name} has kind {fields[0]!r}", f"use one of: {', '.join(tap_events.TARGET_KINDS)}"))
-        return tap_events.Target(fields[0], fields[1], fields[2] or "default")
+        everywhere = name == "target" and isinstance(value, dict) and value.get("all") is True
+        if everywhere and fields[1]:
+            mistakes.append((f"{fields[1]} of all namespaces is asked for", "name it, or ask for all; not both"))
+        return tap_events.Target(fields[0], fields[1], "" if everywhere else fields[2] or "default")
 
     def text(name: str) -> str:
         value = body.get(name) or ""

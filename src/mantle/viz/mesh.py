@@ -46,19 +46,19 @@ def selected_by(service: Service, pods: Iterable[Pod]) -> list[Pod]:
 def pods_of(snapshot: Snapshot, kind: str, name: str, namespace: str) -> list[Pod]:
     """The live pods of a resource, sorted by name; an empty `name` means every resource of that kind in `namespace`.
 
-    `kind` is one of `core.views.TAPPED`; a namespace is `name`, else `namespace`.
+    `kind` is one of `core.views.TAPPED`; a namespace is `name`, else `namespace`. An empty `namespace` means all.
     """
     pods = sorted((pod for pod in snapshot.pods.values() if is_live(pod)), key=lambda pod: str(pod.key))
     if kind == "namespace":
-        return [pod for pod in pods if pod.key.namespace == (name or namespace)]
-    pods = [pod for pod in pods if pod.key.namespace == namespace]
+        return [pod for pod in pods if (name or namespace) in ("", pod.key.namespace)]
+    pods = [pod for pod in pods if namespace in ("", pod.key.namespace)]
     if kind == "pod":
         return [pod for pod in pods if name in ("", pod.key.name)]
     if kind == "service":
         chosen = {
             pod.key
             for service in snapshot.services.values()
-            if service.key.namespace == namespace and name in ("", service.key.name)
+            if namespace in ("", service.key.namespace) and name in ("", service.key.name)
             for pod in selected_by(service, pods)
         }
         return [pod for pod in pods if pod.key in chosen]

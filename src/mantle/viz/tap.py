@@ -54,7 +54,7 @@ def choose(world: World, query: TapQuery) -> list[Pod]:
         return watched
     if meshed:
         raise NothingToTap(f"{world.own} is who watches, and cannot watch itself", "choose another workload")
-    where = f"namespace {query.target.namespace}"
+    where = f"namespace {query.target.namespace}" if query.target.namespace else "any namespace"
     if pods:
         names = ", ".join(str(pod.key) for pod in pods)
         raise NothingToTap(

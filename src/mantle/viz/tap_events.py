@@ -31,7 +31,7 @@ _DIRECTION = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A resource to watch. An empty name: all of that kind in the namespace."""
+    """A resource to watch. An empty name: all of that kind in the namespace; an empty namespace: in all of them."""
 
     kind: str
     name: str
