@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mantle.platform.machine.state import state_root
+from mantle.platform.machine.places import state_root
 
 # ruff: noqa: ASYNC110
 pytestmark = [pytest.mark.root, pytest.mark.mesh, pytest.mark.slow, pytest.mark.timeout(150)]
