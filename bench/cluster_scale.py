@@ -23,19 +23,27 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import msgspec
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from cluster.apiserver import ApiServer, running  # noqa: E402
 
+from mantle.core.model import Key  # noqa: E402
+from mantle.core.names import MeshNames  # noqa: E402
+from mantle.core.world import Mesh, World  # noqa: E402
 from mantle.gen.io.linkerd.proxy import destination_pb2, inbound_pb2  # noqa: E402
+from mantle.platform.kubernetes import convert  # noqa: E402
+from mantle.platform.kubernetes.assemble import Assembly  # noqa: E402
 from mantle.platform.kubernetes.client import Client, from_kubeconfig  # noqa: E402
+from mantle.platform.kubernetes.reflector import Change  # noqa: E402
 
 BEHIND = 50
 """Pods behind a service."""
@@ -267,23 +275,24 @@ async def measure(server: ApiServer, client: Client, pods: int, count: int) -> l
         each = 2 * count // (pods // BEHIND)
         """Streams on one service."""
         first, last, policy = [], [], []
-        before = process.cpu()
+        spent = {"slice": 0.0, "pod": 0.0}
         for number in range(CHANGES):
             one = number // 2 % (pods // BEHIND)
             out = one * BEHIND if number % 2 == 0 else -1
-            since = time.monotonic()
+            since, before = time.monotonic(), process.cpu()
             await send(client, "PATCH", f"{slices}/web-{one}-x", {"endpoints": slice_of(one, out)["endpoints"]})
             came = await subscribers.wait(f"service {one}", each, since)
             first.append(min(came))
             last.append(max(came))
             await asyncio.sleep(PACE)
+            spent["slice"] += process.cpu() - before - idle * (time.monotonic() - since)
             own = number * max(1, pods // count)
             notes = {"metadata": {"annotations": {"config.mantle.dev/opaque-ports": "8080"}}}
-            since = time.monotonic()
+            since, before = time.monotonic(), process.cpu()
             await send(client, "PATCH", f"/api/v1/namespaces/{SPACE}/pods/p{own}", notes)
             policy.append((await subscribers.wait(f"port p{own}", 1, since))[0])
             await asyncio.sleep(PACE)
-        cpu = (process.cpu() - before - idle * 2 * CHANGES * PACE) / (2 * CHANGES)
+            spent["pod"] += process.cpu() - before - idle * (time.monotonic() - since)
         subscribers.arrivals.clear()
         after = process.memory()
         with server.without_api():
@@ -305,10 +314,36 @@ async def measure(server: ApiServer, client: Client, pods: int, count: int) -> l
         _ms(first),
         f"{_ms(last)} ({each})",
         _ms(policy),
-        f"{cpu * 1000:.1f} ms",
+        f"{spent['slice'] / CHANGES * 1000:.1f} ms",
+        f"{spent['pod'] / CHANGES * 1000:.1f} ms",
+        f"{taking_in(pods) * 1e6:.0f} µs",
         f"{moved}",
         f"{after:.0f} → {resynced:.0f}",
     ]
+
+
+def taking_in(pods: int) -> float:
+    """Median seconds to make snapshot and indices of a cluster of `pods` pods after one of them changed."""
+    assembly, world, space = Assembly(with_slices=True), World.empty(Mesh(MeshNames("mantle", "cluster.local"))), SPACE
+    known = []
+    for number in range(pods):
+        document = pod(number) | status(number)
+        key, seen = convert.pod(msgspec.convert(document, convert.PodObject))
+        assert seen is not None
+        known.append(seen)
+        assembly.pods([Change(key, None, seen)])
+    for number in range(pods // BEHIND):
+        key, one = convert.endpoint_slice(msgspec.convert(slice_of(number), convert.SliceObject))
+        assembly.slices([Change(Key(space, key.name), None, one)])
+    world = world.next(assembly.since(-1))
+    took = []
+    for seen in known[:200]:
+        changed = replace(seen, pod=replace(seen.pod, ready=not seen.pod.ready))
+        began = time.perf_counter()
+        assembly.pods([Change(seen.pod.key, seen, changed)])
+        world = world.next(assembly.since(world.snapshot.version))
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
 
 
 def _ms(seconds: Sequence[float]) -> str:
@@ -324,7 +359,9 @@ ROWS = (
     "slice changed → first subscriber has it, median / worst",
     "slice changed → its last subscriber has it, median / worst (how many)",
     "pod annotated → its own proxy has the policy, median / worst",
-    "CPU of destination for one change",
+    "CPU for one change of a slice, all its streams told",
+    "CPU for one change of a pod, its one or two streams told",
+    "of that: snapshot and indices (alone, without the cluster)",
     "messages sent because the API server was killed and started again",
     "memory before → peak until after that, MiB",
 )
