@@ -55,7 +55,7 @@ spec:
           import time, urllib.request
           while True:
               try:
-                  print("status", urllib.request.urlopen("http://web", timeout=5).status, flush=True)
+                  print("status", urllib.request.urlopen("http://web", timeout=20).status, flush=True)
               except OSError as error:
                   print("failed", error, flush=True)
               time.sleep(0.1)
@@ -186,11 +186,12 @@ def test_a_killed_control_plane_costs_no_request_and_a_killed_proxy_no_plaintext
 
     async def scene() -> None:
         async with application():
+            before = len(await heard())
             for part in ("identity", "destination", "viz"):
                 os.kill(pid_of(part), signal.SIGKILL)
                 await answers(after=len(await heard()))
                 await back(f"mantle-{part}")
-            assert set(await heard()) == {"status 200"}, "traffic that is known needs no control plane"
+            assert set((await heard())[before:]) == {"status 200"}, "traffic that is known needs no control plane"
 
             before = len(await heard())
             os.kill(pid_of("mantle-proxy", environment='"pod":"web"'), signal.SIGKILL)
