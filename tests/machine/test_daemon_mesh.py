@@ -111,7 +111,7 @@ async def fetched(where: str, wanted: str) -> None:
     """Waits until the client gets this page: ready pods reach names and tables a moment later."""
     words = ("exec", "client", "-n", "shop", "--", sys.executable, "-c", FETCH % where)
     while (said := await mantle(*words, code=None)).strip() != wanted:
-        assert "URLError" in said or said.startswith("hello"), said
+        assert "Error" in said or said.startswith("hello"), said
 
 
 def write_app(directory: Path, colour: str = "red", replicas: int = 2) -> str:
@@ -185,7 +185,7 @@ def test_a_mesh_lives_changes_survives_its_daemon_and_leaves_nothing(host: Any, 
         assert not state_root().exists() or not any(state_root().iterdir())
         assert "/mantle/" not in Path("/proc/self/mounts").read_text()
 
-    host.play(scene, seconds=90, prepare=lambda: prepare(mantle_proxy))
+    host.play(scene, seconds=110, prepare=lambda: prepare(mantle_proxy))
 
 
 def test_down_after_every_process_was_killed(host: Any, mantle_proxy: Path) -> None:
@@ -249,7 +249,7 @@ def test_dns_answers_again_within_a_second(root_host: Any, mantle_proxy: Path) -
         await asking.wait()
         await mantle("down")
 
-    root_host.play(scene, seconds=90, prepare=lambda: prepare(mantle_proxy))
+    root_host.play(scene, seconds=110, prepare=lambda: prepare(mantle_proxy))
 
 
 def test_a_network_that_the_host_uses_is_refused_and_nothing_is_left(root_host: Any, mantle_proxy: Path) -> None:
@@ -354,7 +354,7 @@ def test_up_in_the_foreground_ends_with_ctrl_c(host: Any, mantle_proxy: Path) ->
         assert await process.wait() == 0
         assert not state_root().exists() and not any("mantle" in line for line in processes())
 
-    host.play(scene, seconds=90, prepare=lambda: prepare(mantle_proxy))
+    host.play(scene, seconds=110, prepare=lambda: prepare(mantle_proxy))
 
 
 @pytest.mark.parametrize("words", [("up", "app.yml"), ("up", "-d", "app.yml"), ("demo",)], ids=lambda words: words[0])
@@ -391,7 +391,7 @@ def test_exec_gives_a_terminal(host: Any, mantle_proxy: Path) -> None:
             said += await asyncio.to_thread(os.read, master, 10_000)
         await mantle("down")
 
-    host.play(scene, seconds=90, prepare=lambda: prepare(mantle_proxy))
+    host.play(scene, seconds=110, prepare=lambda: prepare(mantle_proxy))
 
 
 def test_the_mesh_of_another_user_is_said_to_be_so(user_host: Any, mantle_proxy: Path) -> None:

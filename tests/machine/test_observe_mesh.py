@@ -81,7 +81,7 @@ mantle-viz   web        mantle-viz.mantle   web.emojivoto       -
 """
 STAT = [
     r"NAME                        MESHED   SUCCESS      RPS   LATENCY_P50   LATENCY_P95   LATENCY_P99    TLS",
-    r"emoji-svc\.emojivoto:8080         -   100\.00% +\d+\.\drps +\d+ms +\d+ms +\d+ms   100%",
+    r"emoji-svc\.emojivoto:8080         - +\d+\.\d\d% +\d+\.\drps +\d+ms +\d+ms +\d+ms   100%",
     r"voting-svc\.emojivoto:8080        - +\d+\.\d\d% +\d+\.\drps +\d+ms +\d+ms +\d+ms   100%",
     r"web-svc\.emojivoto:80             - +\d+\.\d\d% +\d+\.\drps +\d+ms +\d+ms +\d+ms   100%",
 ]
