@@ -9,6 +9,7 @@ import pytest
 from discovery_play import IDENTITY, MESH, pod, service, snapshot
 
 from mantle.core.endpoints import (
+    KEPT_ENDPOINTS,
     AddressTarget,
     Endpoints,
     Hint,
@@ -122,6 +123,15 @@ def test_a_dual_stack_pod_is_known_by_both_addresses(ip: str) -> None:
 def test_a_dual_stack_service_is_known_by_both_addresses() -> None:
     dual = world(replace(SERVICE, more_cluster_ips=("fd00:1::1",)))
     assert {profile(dual, AddressTarget(ip, 80)).service for ip in ("10.1.0.1", "fd00:1::1")} == {WEB}  # type: ignore[union-attr]
+
+
+def test_nobody_fills_memory_by_asking_for_ports() -> None:
+    here = world(POD)
+    for port in range(1000, 1000 + 3 * KEPT_ENDPOINTS):
+        asked = profile(here, AddressTarget("10.0.0.1", port))
+        assert asked.endpoint is not None  # type: ignore[union-attr]
+        assert asked.endpoint.address == ("10.0.0.1", port)  # type: ignore[union-attr]
+    assert len(here.pods[POD.key].made) == KEPT_ENDPOINTS
 
 
 def test_an_external_name_is_no_service_to_balance_over() -> None:

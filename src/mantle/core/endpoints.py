@@ -20,6 +20,8 @@ from mantle.core.names import BadName, is_label
 from mantle.core.reasons import NoIdentity, NotADestination
 from mantle.core.world import HEADLESS, PodFacts, Tag, View, World, is_optional
 
+KEPT_ENDPOINTS = 32
+"""Of one pod: callers may ask for any port."""
 Address = tuple[str, int]
 """(IP as text, TCP port)"""
 
@@ -203,14 +205,22 @@ def pod_endpoint(world: World, facts: PodFacts, port: int, ip: str = "") -> Endp
     """One port of one pod as an endpoint, or why its identity cannot be written (then there is no endpoint). `ip` is
     which of its addresses; its first one if empty.
     """
+    asked = (port, ip, world.view)
+    made: Endpoint | BadName | None = facts.made.get(asked)
+    if made is None:
+        made = _pod_endpoint(facts, port, ip, world.view)
+        if len(facts.made) < KEPT_ENDPOINTS:
+            facts.made[asked] = made
+    return made
+
+
+def _pod_endpoint(facts: PodFacts, port: int, ip: str, view: View) -> Endpoint | BadName:
     pod = facts.pod
     labels = {"namespace": pod.key.namespace, "pod": pod.key.name, "serviceaccount": pod.service_account}
     if pod.owner.kind != "Pod":
         labels[pod.owner.kind.lower()] = pod.owner.name
     address = (ip or pod.ip, port)
-    identity: str | NoIdentity | BadName = (
-        NoIdentity.PORT_SKIPPED if port in facts.skipped else _seen(facts, world.view)
-    )
+    identity: str | NoIdentity | BadName = NoIdentity.PORT_SKIPPED if port in facts.skipped else _seen(facts, view)
     if isinstance(identity, BadName):
         return identity
     if isinstance(identity, NoIdentity):

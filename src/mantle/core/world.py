@@ -11,7 +11,7 @@ import ipaddress
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mantle.core.annotations import LABEL_CONTROL_NS, PREFIX, Config, port_ranges, read_config
 from mantle.core.model import EMPTY, Changes, EndpointSlice, Key, Namespace, Pod, Service, ServicePort, Snapshot
@@ -97,6 +97,10 @@ class PodFacts:
     admin_port: int
     policy: str
     """The default inbound policy; `deny` if the annotation is not one of the known words."""
+    made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What `endpoints` has made of these facts, by what was asked: a service of a thousand pods makes one endpoint anew
+    when one of them changes.
+    """
 
     def port_named(self, name: str) -> int | None:
         """The TCP container port of that name; None if the pod has none."""
@@ -179,7 +183,7 @@ def _once_meshed(before: PodFacts | None, now: PodFacts) -> PodFacts:
         return now
     if isinstance(before.identity, NoIdentity) and before.optional is None:
         return now
-    return replace(now, identity=before.identity, optional=before.optional)
+    return replace(now, identity=before.identity, optional=before.optional, made={})
 
 
 def _identity(mesh: Mesh, pod: Pod) -> str | NoIdentity | BadName:
