@@ -2,11 +2,14 @@
 
 import base64
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 from cryptography import x509
+from ruamel.yaml import YAML
 
 from .apiserver import ApiServer
 from .injecting import Mesh, deployment, eventually, free_port, installed, pod
@@ -243,3 +246,32 @@ def test_it_may_read_no_secret_but_its_own(mesh):
     ):
         with pytest.raises(AssertionError, match="no"):
             may(*refused)
+
+
+def mantle(mesh, *args: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mantle", f"--kubeconfig={mesh.api.kubeconfig}", *args]
+    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=60)
+
+
+def test_manual_renders_what_the_webhook_makes_from_the_meshs_own_settings(mesh):
+    namespace = mesh.namespace()
+    asked = pod("web", ENABLED, serviceAccountName="default")
+    by_webhook = mesh.create(namespace, asked)
+    done = mantle(mesh, "inject", "--manual", "-", given=json.dumps(pod("web", serviceAccountName="default")))
+    assert done.returncode == 0 and 'pod "web" injected' in done.stderr
+    by_hand = YAML(typ="safe").load(done.stdout)
+    for name in ("mantle-init", "mantle-guard", "mantle-proxy"):
+        (left,) = [c for c in by_hand["spec"]["initContainers"] if c["name"] == name]
+        (right,) = [c for c in by_webhook["spec"]["initContainers"] if c["name"] == name]
+        for key in ("image", "args", "env", "securityContext"):
+            ours, theirs = left.get(key), right.get(key)
+            if key == "env":  # the API server writes a default into each reference
+                theirs = json.loads(json.dumps(theirs).replace('"apiVersion": "v1", ', ""))
+            assert ours == theirs, (name, key)
+
+
+def test_manual_without_a_mesh_says_what_is_missing_and_what_to_do(mesh):
+    done = mantle(mesh, "inject", "--manual", "--control-namespace=default", "-", given=json.dumps(pod("web")))
+    assert done.returncode == 1 and done.stdout == ""
+    assert "no ConfigMap mantle-config and no ConfigMap mantle-identity-trust-roots in namespace default" in done.stderr
+    assert "mantle install | kubectl apply -f -" in done.stderr and "--trust-anchors" in done.stderr

@@ -166,6 +166,18 @@ def test_every_mistake_of_pod_and_namespace_is_in_one_refusal():
     assert (decision.note.reason, decision.note.warning) == ("InjectionRefused", True)
 
 
+@pytest.mark.parametrize(
+    ("own", "ns", "label"),
+    [
+        ({"mantle.dev/inject": "yes"}, None, "invalid_inject_annotation_at_workload"),
+        (None, {"mantle.dev/inject": "yes"}, "invalid_inject_annotation_at_ns"),
+        (ENABLED | {"config.mantle.dev/proxy-await": "yes"}, None, "invalid_annotation"),
+    ],
+)
+def test_a_refusals_label_says_where_the_mistake_is(own, ns, label):
+    assert decided(pod(own), namespace(ns)).reasons == (label,)
+
+
 def test_without_a_token_of_its_own_the_pod_is_meshed_and_that_is_said():
     decision = decided(pod(ENABLED, automountServiceAccountToken=False))
     assert decision.outcome is Outcome.INJECTED

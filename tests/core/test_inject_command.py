@@ -1,6 +1,10 @@
 """`mantle inject` as a person runs it: text in, text out, the report on standard error."""
 
+import contextlib
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -164,6 +168,8 @@ def test_verbose_prints_the_good_news_too():
         "√ pods are not annotated to disable injection\n"
         "√ at least one resource can be injected or annotated\n"
         "√ pod specs do not include UDP ports\n"
+        '√ pods do not have automountServiceAccountToken set to "false" or service account token projection'
+        " is enabled\n"
         '\ndeployment "web" injected\n\n'
     )
 
@@ -257,3 +263,46 @@ def test_directories_json_output_and_files_that_are_not_there(tmp_path: Path):
     assert [item["kind"] for item in json.loads(result.stdout)["items"]] == ["Namespace", "Deployment"]
     assert result.stderr == '\nnamespace "shop" annotated\ndeployment "web" injected\n\n'
     assert str(inject("", str(tmp_path / "gone.yml")).exception).startswith("cannot read ")
+
+
+class Page(BaseHTTPRequestHandler):
+    """Serves WEB, and what is too much of it."""
+
+    def do_GET(self) -> None:
+        if self.path == "/gone.yml":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # who has had enough hangs up
+            self.wfile.write(WEB.encode() if self.path == "/web.yml" else b"# too much\n" * (2 << 20))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_urls_are_read_within_bounds(url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    result = inject("", f"{url}/web.yml")
+    assert result.stdout == inject(WEB).stdout and 'deployment "web" injected' in result.stderr
+    assert "404 Not Found" in str(inject("", f"{url}/gone.yml").exception)
+    assert "is larger than 16 MiB" in str(inject("", f"{url}/huge.yml").exception)
+
+
+def test_the_same_key_twice_is_a_broken_document_and_says_where():
+    twice = WEB.replace("{app: web}", "{app: web}\n      labels: {app: web}")
+    result = inject(twice)
+    assert result.return_value == 1 and result.stdout == twice
+    assert "× stdin:10: this is not YAML: " in result.stderr and "duplicate key" in result.stderr

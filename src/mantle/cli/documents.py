@@ -82,6 +82,7 @@ def fetch(url: str) -> bytes:
     A redirect from https to http is refused: what is applied to a cluster must not be anybody's on the way.
     """
     import time
+    import urllib.error
     import urllib.request
     from http.client import HTTPException
     from urllib.parse import urlsplit
@@ -101,7 +102,10 @@ def fetch(url: str) -> bytes:
                     raise Failure(f"{url} is larger than {MOST_BYTES >> 20} MiB", by_hand)
                 if time.monotonic() > until:
                     raise Failure(f"{url} took longer than {FETCH_SECONDS:.0f} s", by_hand)
-    except (OSError, HTTPException, ValueError) as error:  # urllib's errors are OSErrors
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise Failure(f"cannot read {url}: {error.code} {error.reason}", by_hand) from error
+    except (OSError, HTTPException, ValueError) as error:  # urllib's other errors are OSErrors with a reason
         raise Failure(f"cannot read {url}: {getattr(error, 'reason', error)}", by_hand) from error
     return data
 

@@ -176,6 +176,9 @@ def report_text(reports: Sequence[Report], problems: Sequence[Problem], verbose:
     return "\n".join([*lines, "", ""])
 
 
+_AUTOMOUNT = "automountServiceAccountToken"
+
+
 def _warnings(reports: Sequence[Report], verbose: bool) -> Iterator[str]:
     def named(skip: Skip) -> str:
         return ", ".join(str(report) for report in reports if skip in report.skips)
@@ -202,6 +205,8 @@ def _warnings(reports: Sequence[Report], verbose: bool) -> Iterator[str]:
     udp = [str(report) for report in reports if report.udp]
     verb = "uses" if len(udp) == 1 else "use"
     yield line(", ".join(udp), f'{", ".join(udp)} {verb} "protocol: UDP"', "pod specs do not include UDP ports")
+    # Always so: the proxy's token is a projected one.
+    yield line("", "", f'pods do not have {_AUTOMOUNT} set to "false" or service account token projection is enabled')
     for report in reports:
         if report.error:
             yield f"× failed to inject {report}: {report.error}"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mantle.core.annotations import CREATED_BY, INJECT, SKIPPED
+from mantle.core.annotations import CREATED_BY, INJECT, SKIPPED, Mistake
 from mantle.core.inject import Injected, Object, Refused, inject_pod
 from mantle.core.inject_containers import PROXY
 from mantle.core.pod_facts import Skip, containers
@@ -79,7 +79,7 @@ class Decision:
     outcome: Outcome
     subject: Subject
     reasons: tuple[str, ...] = ()
-    """Labels of why not: `core.pod_facts.Skip`, or `invalid_annotation`."""
+    """Labels of why not: `core.pod_facts.Skip`, or those of `_label`."""
     asked_at: str = ""
     """Who asked for injection: `workload`, `namespace`, or nobody (empty)."""
     note: Note | None = None
@@ -137,7 +137,8 @@ def decide(
     if isinstance(result, Refused):
         message = "Mantle cannot do what this pod asks for: " + "; ".join(str(m) for m in result.mistakes)
         note = Note("InjectionRefused", message, warning=True)
-        return made(_answer(request, denied=message), Outcome.REFUSED, ("invalid_annotation",), note)
+        reasons = tuple(dict.fromkeys(_label(mistake) for mistake in result.mistakes))
+        return made(_answer(request, denied=message), Outcome.REFUSED, reasons, note)
     if isinstance(result, Injected):
         note, warnings = _injected_note(pod, result, namespace, values)
         return made(_answer(request, json_patch(pod, result.pod), warnings), Outcome.INJECTED, (), note)
@@ -148,6 +149,13 @@ def decide(
         return made(_answer(request), Outcome.SKIPPED, result.reasons, note)
     patch = json_patch(pod, _with_annotation(pod, SKIPPED, skipped_text(result.reasons)))
     return made(_answer(request, patch, _warned(note)), Outcome.SKIPPED, result.reasons, note)
+
+
+def _label(mistake: Mistake) -> str:
+    """A refusal's reason, as metrics have it."""
+    if mistake.annotation != INJECT:
+        return "invalid_annotation"
+    return f"invalid_inject_annotation_at_{'ns' if mistake.where == 'namespace' else 'workload'}"
 
 
 def skipped_text(reasons: tuple[Skip, ...]) -> str:
