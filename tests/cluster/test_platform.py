@@ -10,8 +10,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from mantle.control.topics import Topics
+from mantle.core.endpoints import ServiceTarget, depends_on, service_endpoints
 from mantle.core.model import Key, Owner, Snapshot
-from mantle.core.reasons import TokenReason
+from mantle.core.names import MeshNames
+from mantle.core.reasons import NoIdentity, TokenReason
+from mantle.core.world import Mesh, World
 from mantle.platform.kubernetes.client import from_kubeconfig
 from mantle.platform.kubernetes.reflector import Timing
 from mantle.platform.kubernetes.tokens import REVIEW_TIMEOUT
@@ -220,6 +224,52 @@ async def test_an_outage_moves_nothing(api_server: ApiServer) -> None:
         moved = {k for k, p in follower.now.pods.items() if before.pods.get(k) is not p}
         assert not moved, "the new lists replaced nothing that is the same"
         assert follower.seen - seen <= 2, "at most the controllers' own writes after the restart"
+
+
+async def test_a_subscriber_hears_nothing_of_an_outage_and_of_a_change_at_once(api_server: ApiServer) -> None:
+    """From the API server through snapshots and topics to what a proxy would be sent."""
+    namespace = await asyncio.to_thread(api_server.new_namespace, "topic")
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": {"ports": [{"port": 80}]}}
+    endpoints = [{"addresses": ["10.9.0.20"], "targetRef": {"kind": "Pod", "name": "web"}}]
+    by_hand = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4",
+        "ports": [{"name": "", "port": 8080}],
+        "endpoints": endpoints,
+    }
+    await asyncio.to_thread(apply, api_server, namespace, a_pod("web"), service, by_hand)
+    await asyncio.to_thread(run_pod, api_server, namespace, "web", "10.9.0.20", False)
+    topics = Topics(World.empty(Mesh(MeshNames("mantle", "cluster.local"))))
+    target = ServiceTarget(Key(namespace, "web"), 80)
+    said: list[Any] = []
+
+    async def read() -> None:
+        with topics.read(
+            "t", lambda world: service_endpoints(world, target), lambda _, __: (), depends_on(target)
+        ) as reader:
+            async for state in reader.states():
+                said.append([e.tls for e in state.value.by_address.values()])
+
+    identity = f"default.{namespace}.serviceaccount.identity.mantle.cluster.local"
+    async with platform(api_server, DISCOVERY) as (made, follower), asyncio.timeout(60):
+        following = asyncio.ensure_future(topics.follow(made.watch()))
+        await follower.until(lambda s: topics.known.is_set() and Key(namespace, "web") in s.services)
+        reading = asyncio.ensure_future(read())
+        try:
+            await follower.until(lambda _: said == [[NoIdentity.PROXY_NOT_STARTED]])
+            with api_server.without_api():
+                await follower.until(lambda _: all(r.trouble for r in made.reflectors.values()))
+            await asyncio.to_thread(api_server.wait_ready)
+            await follower.until(lambda _: not any(r.trouble for r in made.reflectors.values()))
+            await asyncio.to_thread(run_pod, api_server, namespace, "web", "10.9.0.20")
+            await follower.until(lambda _: len(said) > 1)
+            assert said == [[NoIdentity.PROXY_NOT_STARTED], [identity]]
+        finally:
+            for task in (following, reading):
+                task.cancel()
+            await asyncio.wait([following, reading])
 
 
 # ---- tokens ----
