@@ -150,7 +150,11 @@ def test_what_the_daemon_refuses_is_one_message_with_its_fix(daemon: Daemon) -> 
 
 def test_version_names_the_mesh(daemon: Daemon) -> None:
     assert "Mesh version: 0.1.0 (mesh default)\n" in mantle("version").stdout
-    assert json.loads(mantle("version -o json").stdout)["mesh"] == {"name": "default", "version": "0.1.0"}
+    assert json.loads(mantle("version -o json").stdout)["mesh"] == {
+        "name": "default",
+        "version": "0.1.0",
+        "platform": "machine",
+    }
 
 
 def test_which_mesh(daemon: Daemon, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.keep("GET", url.path, dict(parse_qsl(url.query)))
         view = url.path.rpartition("/")[2]
-        self.answer(200, {"edges": {"edges": []}, "stat": {"rows": []}}.get(view, {}))
+        config = {"data": {"values": json.dumps({"version": "9.9"})}}
+        self.answer(200, {"edges": {"edges": []}, "stat": {"rows": []}, "mantle-config": config}.get(view, {}))
 
     def do_POST(self) -> None:
         self.keep("POST", self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -323,3 +324,15 @@ def test_a_server_that_is_not_there(server: ApiServer, tmp_path: Path) -> None:
     ended = mantle("edges deploy")
     assert "the API server https://127.0.0.1:1 (context 'dev') does not answer: " in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_the_version_of_a_cluster(server: ApiServer) -> None:
+    said = mantle("version").stdout
+    assert "Mesh version: 9.9 (context dev)\nThe mesh was installed by another version: `mantle upgrade`" in said
+    found = json.loads(mantle("version -o json --context dev").stdout)["mesh"]
+    assert found == {"name": "dev", "version": "9.9", "platform": "cluster"}
+    server.status = (403, FORBIDDEN)
+    assert "Mesh version: unavailable\n" in mantle("version").stdout
+    assert mantle("version --context dev").exit_code == 1
+    server.status = (404, {"kind": "Status", "message": "not found"})
+    assert "Mesh version: unavailable\n" in mantle("version --context dev").stdout

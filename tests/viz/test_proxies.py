@@ -12,6 +12,8 @@ import grpc
 import grpc.aio
 import pytest
 from aiohttp import web
+from certificates import Certificate
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from mantle.core.model import Key, Owner, Pod
 from mantle.core.names import MeshNames
@@ -35,6 +37,7 @@ class Proxy(grpc.GenericRpcHandler):
     def __init__(self) -> None:
         self.demanded: list[object] = []
         self.metrics = web.Response(text="request_total 7\n")
+        self.identity = web.Response(status=404)
         self.ended = asyncio.Event()
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
@@ -62,6 +65,10 @@ class Proxy(grpc.GenericRpcHandler):
         self.demanded.append(request.headers.get("l5d-require-id"))
         return self.metrics
 
+    async def serve_identity(self, request: web.Request) -> web.Response:
+        self.demanded.append(request.headers.get("l5d-require-id"))
+        return self.identity
+
 
 def play(scene: Callable[[Proxy, Proxies], Awaitable[None]]) -> None:
     async def run() -> None:
@@ -71,6 +78,7 @@ def play(scene: Callable[[Proxy, Proxies], Awaitable[None]]) -> None:
         server.add_insecure_port(f"{IP}:{module.CONTROL_PORT}")
         app = web.Application()
         app.router.add_get("/metrics", proxy.serve_metrics)
+        app.router.add_get("/identity", proxy.serve_identity)
         runner = web.AppRunner(app)
         await runner.setup()
         await server.start()
@@ -157,5 +165,34 @@ def test_channels_of_pods_that_are_gone_are_closed() -> None:
         await proxies.keep_only(set())
         assert proxies._channels == {}
         await proxies.clients(pod())
+
+    play(scene)
+
+
+def test_the_certificate_that_a_proxy_shows() -> None:
+    shown = Certificate(IDENTITY)
+    der = shown.certificate.public_bytes(Encoding.DER)
+
+    async def scene(proxy: Proxy, proxies: Proxies) -> None:
+        proxy.identity = web.Response(body=der, content_type="application/pkix-cert")
+        assert (await proxies.certificate(pod())).encode() == shown.pem
+        assert proxy.demanded == [IDENTITY]
+        proxy.identity = web.Response(status=404)
+        with pytest.raises(Unreachable, match="no certificate yet, or is too old to show it"):
+            await proxies.certificate(pod())
+
+    play(scene)
+
+
+def test_a_proxy_is_asked_where_its_annotations_put_its_ports() -> None:
+    moved = {"config.mantle.dev/admin-port": "5191", "config.mantle.dev/control-port": "5190"}
+
+    async def scene(proxy: Proxy, proxies: Proxies) -> None:
+        elsewhere = replace(pod(), uid="moved", annotations=moved)
+        with pytest.raises(Unreachable, match=f"GET http://{IP}:5191/metrics: Cannot connect"):
+            await proxies.metrics(elsewhere)
+        with pytest.raises(Unreachable, match=f"{IP}:5190"):
+            await proxies.clients(elsewhere)
+        assert await proxies.metrics(elsewhere, module.ADMIN_PORT) == "request_total 7\n"
 
     play(scene)

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import mantle
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Failure, json_text, write
+
+if TYPE_CHECKING:
+    from mantle.cli.target import Cluster
 
 
 @mesh_command()
@@ -31,9 +34,15 @@ def text_of(versions: dict[str, Any]) -> str:
     if "proxy" in versions:
         lines.append(f"Proxy version: {versions['proxy'] or 'unavailable (mantle-proxy is not installed)'}")
         mesh = versions["mesh"]
-        lines.append(f"Mesh version: {mesh['version']} (mesh {mesh['name']})" if mesh else "Mesh version: unavailable")
+        word = "context" if mesh and mesh["platform"] == "cluster" else "mesh"
+        where = f"{mesh['version']} ({word} {mesh['name']})" if mesh else "unavailable"
+        lines.append(f"Mesh version: {where}")
         if mesh and mesh["version"] != versions["client"]:
-            lines.append("The mesh was started by another version: stop it with `mantle down` and start it again.")
+            lines.append(
+                "The mesh was started by another version: stop it with `mantle down` and start it again."
+                if word == "mesh"
+                else "The mesh was installed by another version: `mantle upgrade` brings it to this one."
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -56,13 +65,35 @@ def proxy_version() -> str | None:
 
 
 def mesh_version(flags: Globals) -> dict[str, str] | None:
-    """Name and version of the running mesh; None if no mesh runs. A named mesh that does not answer is a failure."""
-    from mantle.cli.machine_client import MachineClient
+    """Where the mesh is, and its version; None if there is none. A named one that does not answer is a failure."""
+    from mantle.cli.target import Machine, target
 
     try:
-        status = MachineClient(flags.mesh).get("/v1/status")
+        found = target(flags, json=True)
+        if isinstance(found, Machine):
+            status = found.client.get("/v1/status")
+            return {"name": status["mesh"], "version": status["version"], "platform": "machine"}
+        return _on_cluster(found)
     except Failure:
-        if flags.mesh is not None:
+        if flags.mesh is not None or flags.cluster_flags:
             raise
         return None
-    return {"name": status["mesh"], "version": status["version"]}
+
+
+def _on_cluster(cluster: Cluster) -> dict[str, str] | None:
+    """What `mantle install` wrote down of itself. Raises `Failure` if it cannot be read."""
+    import json
+
+    from mantle.cli.kube_client import Refused
+
+    path = "/api/v1/namespaces/mantle/configmaps/mantle-config"
+    try:
+        values = json.loads(cluster.client.get(path)["data"]["values"])
+        version = str(values["version"])
+        return {"name": cluster.client.access.context, "version": version, "platform": "cluster"}
+    except Refused as refused:
+        if refused.answer.status == 404:
+            return None
+        raise Failure(f"the mesh's version cannot be read: {refused.answer.message}") from refused
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failure("ConfigMap mantle/mantle-config has no version", fix="run `mantle upgrade`") from error

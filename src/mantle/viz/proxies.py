@@ -16,6 +16,7 @@ import aiohttp
 import grpc
 import grpc.aio
 
+from mantle.core.annotations import PREFIX
 from mantle.core.model import Pod
 from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.world import is_optional
@@ -58,9 +59,11 @@ class Proxies:
         for uid in self._channels.keys() - set(uids):
             await self._channels.pop(uid).close(None)
 
-    async def metrics(self, pod: Pod, port: int = ADMIN_PORT) -> str:
-        """The text of `GET /metrics` on a pod's port. Raises `Unreachable`."""
-        return (await self._get(pod, port, "/metrics")).decode("utf-8", "replace")
+    async def metrics(self, pod: Pod, port: int = 0) -> str:
+        """The text of `GET /metrics` on a pod's port (0: its proxy's admin port). Raises `Unreachable`."""
+        return (await self._get(pod, port or _moved(pod, "admin-port", ADMIN_PORT), "/metrics")).decode(
+            "utf-8", "replace"
+        )
 
     async def _get(self, pod: Pod, port: int, path: str) -> bytes:
         if self._http is None:
@@ -69,6 +72,8 @@ class Proxies:
         try:
             headers = {} if is_optional(pod) else {REQUIRE_ID: self._identity(pod)}
             async with self._http.get(url, headers=headers) as answer:
+                if answer.status == 404 and path == "/identity":
+                    raise Unreachable("the proxy has no certificate yet, or is too old to show it")
                 if answer.status != 200:
                     raise Unreachable(f"GET {url} answered {answer.status}")
                 body = bytearray()
@@ -82,7 +87,7 @@ class Proxies:
 
     async def certificate(self, pod: Pod) -> str:
         """The certificate that a pod's proxy uses now, PEM. Raises `Unreachable`."""
-        return ssl.DER_cert_to_PEM_cert(await self._get(pod, ADMIN_PORT, "/identity"))
+        return ssl.DER_cert_to_PEM_cert(await self._get(pod, _moved(pod, "admin-port", ADMIN_PORT), "/identity"))
 
     async def clients(self, pod: Pod) -> list[edges_pb2.Edge]:
         """The rows of a proxy's table of clients; none of a pod of the experimental mode. Raises `Unreachable`."""
@@ -122,7 +127,8 @@ class Proxies:
     def _channel(self, pod: Pod) -> grpc.aio.Channel:
         channel = self._channels.get(pod.uid)
         if channel is None:
-            channel = grpc.aio.insecure_channel(f"{_host(pod.ip)}:{CONTROL_PORT}", options=_CHANNEL_OPTIONS)
+            port = _moved(pod, "control-port", CONTROL_PORT)
+            channel = grpc.aio.insecure_channel(f"{_host(pod.ip)}:{port}", options=_CHANNEL_OPTIONS)
             self._channels[pod.uid] = channel
         return channel
 
@@ -134,6 +140,12 @@ class Proxies:
 
     def _metadata(self, pod: Pod) -> grpc.aio.Metadata:
         return grpc.aio.Metadata((REQUIRE_ID, self._identity(pod)))
+
+
+def _moved(pod: Pod, setting: str, usual: int) -> int:
+    """A port of the proxy, where the pod's annotations say that it is; injection writes a namespace's onto the pod."""
+    said = pod.annotations.get(PREFIX + setting, "")
+    return int(said) if said.isdecimal() else usual
 
 
 def _host(ip: str) -> str:
