@@ -31,6 +31,7 @@ mod socket;
 mod tap;
 mod tls;
 mod upstream;
+mod wait;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -38,6 +39,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const USAGE: &str =
     "usage: mantle-proxy [run]                        serve, configured by MANTLE_PROXY_* in the environment
        mantle-proxy redirect install|verify|guard|remove  the packet rules that bring a pod's traffic (--help)
+       mantle-proxy await                           returns when the proxy beside it is ready
        mantle-proxy --version";
 
 fn main() -> ExitCode {
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
     match args.first().map(String::as_str) {
         None | Some("run") => app::run(|name| std::env::var(name).ok()),
         Some("redirect") => redirect::main(&args[1..]),
+        Some("await") => wait::main(&args[1..]),
         Some("--version") => {
             println!("mantle-proxy {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

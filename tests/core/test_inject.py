@@ -140,6 +140,8 @@ def test_a_classic_guard_is_an_ordinary_container_and_can_be_left_out():
     classic = meshed({"config.mantle.dev/proxy-enable-native-sidecar": "false"}, values=CLUSTER)
     assert [c["name"] for c in classic["spec"]["initContainers"]] == ["mantle-init"]
     assert [c["name"] for c in classic["spec"]["containers"]] == ["mantle-proxy", "mantle-guard", "app"]
+    hook = {"exec": {"command": ["/usr/bin/mantle-proxy", "await", "--port", "4191"]}}
+    assert container(classic, "mantle-proxy")["lifecycle"] == {"postStart": hook}
     without = meshed({"config.mantle.dev/redirect-guard": "disabled"}, values=CLUSTER)
     assert [c["name"] for c in without["spec"]["initContainers"]] == ["mantle-init", "mantle-proxy"]
 

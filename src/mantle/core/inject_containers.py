@@ -17,6 +17,8 @@ PROXY = "mantle-proxy"
 INIT = "mantle-init"
 GUARD = "mantle-guard"
 DEBUG = "mantle-debug"
+PROGRAM = "/usr/bin/mantle-proxy"
+"""Where the proxy's image has it."""
 OURS = (INIT, GUARD, PROXY, DEBUG)
 TOKEN_VOLUME = "mantle-identity-token"
 END_ENTITY_VOLUME = "mantle-identity-end-entity"
@@ -124,6 +126,9 @@ def add_containers(spec: Object, first: list[Object], proxy: Object, config: Con
     elif native:
         spec["initContainers"] = [install, *staying, {**proxy, "restartPolicy": "Always"}, *before]
     else:
+        if config.get("proxy-await", True):  # the kubelet holds the containers after it until this hook is done
+            command = [PROGRAM, "await", "--port", str(config.get("admin-port", 4191))]
+            proxy["lifecycle"] = {**proxy.get("lifecycle", {}), "postStart": {"exec": {"command": command}}}
         spec["initContainers"] = [install, *before]
         spec["containers"] = [proxy, *guard, *own]
 

@@ -1,0 +1,96 @@
+"""Kinds of pods that people run, in the mesh on the real cluster: Jobs, classic sidecars, names with dots, no token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from e2e.stage import EMOJIVOTO, Cluster, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+NAMESPACE = "workloads"
+PYTHON = next(line.split()[-1] for line in EMOJIVOTO.splitlines() if "image: mantle/emojivoto" in line)
+ASK = """
+import sys, urllib.request
+print(urllib.request.urlopen("http://web-svc.emojivoto/api/list", timeout=20).status, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def space(emojivoto: Cluster) -> Iterator[Cluster]:
+    """A namespace that is meshed by its annotation."""
+    meta = {"name": NAMESPACE, "annotations": {"mantle.dev/inject": "enabled"}}
+    emojivoto.apply(json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": meta}))
+    try:
+        emojivoto.kubectl("create", "serviceaccount", "team.web", "-n", NAMESPACE)
+        yield emojivoto
+    finally:
+        emojivoto.kubectl("delete", "ns", NAMESPACE, "--timeout=90s")
+
+
+def asking(once: bool, **spec: Any) -> dict[str, Any]:
+    """A pod's spec that asks emojivoto's page, and then ends or stays."""
+    program = ASK if once else ASK + "import signal; signal.signal(15, lambda *_: sys.exit()); signal.pause()"
+    container = {"name": "ask", "image": PYTHON, "command": ["/usr/bin/python3", "-c", program]}
+    return {"containers": [container], **spec}
+
+
+def apply(cluster: Cluster, kind: str, version: str, name: str, spec: dict[str, Any], **annotations: str) -> None:
+    meta = {"name": name, "namespace": NAMESPACE} | ({"annotations": annotations} if annotations else {})
+    cluster.apply(json.dumps({"apiVersion": version, "kind": kind, "metadata": meta, "spec": spec}))
+
+
+def reasons(cluster: Cluster, kind: str) -> dict[str, str]:
+    """Events of the injector about objects of this kind: name → reason and message."""
+    items = cluster.get("events", "-n", NAMESPACE, f"--field-selector=involvedObject.kind={kind}")["items"]
+    return {
+        item["involvedObject"]["name"]: f"{item['reason']}: {item['message']}"
+        for item in items
+        if item["source"].get("component") == "mantle-injector"
+    }
+
+
+def test_a_job_completes_beside_its_proxy_and_its_init_container_is_meshed(space: Cluster) -> None:
+    spec = asking(True, restartPolicy="Never")
+    spec["initContainers"] = [spec["containers"][0] | {"name": "first"}]
+    apply(space, "Job", "batch/v1", "once", {"backoffLimit": 0, "template": {"spec": spec}})
+    space.kubectl("wait", "-n", NAMESPACE, "job/once", "--for=condition=Complete", "--timeout=120s", timeout=150)
+    for container in ("first", "ask"):
+        assert space.kubectl("logs", "-n", NAMESPACE, "job/once", "-c", container) == "200\n"
+
+
+def test_an_account_with_dots_and_no_token_has_an_identity(space: Cluster) -> None:
+    spec = asking(False, serviceAccountName="team.web", automountServiceAccountToken=False)
+    apply(space, "Pod", "v1", "dots", spec)
+    space.kubectl("wait", "-n", NAMESPACE, "pod/dots", "--for=condition=Ready", "--timeout=120s", timeout=150)
+    until(
+        lambda: "automountServiceAccountToken is false, which is fine" in reasons(space, "Pod").get("dots", ""), "said"
+    )
+    said = space.mantle("identity", "-n", NAMESPACE, "dots")
+    assert f"team.web.{NAMESPACE}.serviceaccount.identity.mantle.cluster.local" in said
+
+
+def test_a_classic_sidecar_is_ready_before_the_application_starts(space: Cluster) -> None:
+    """Its hook holds the kubelet back: the very first request of the application is answered."""
+    classic = {"config.mantle.dev/proxy-enable-native-sidecar": "false"}
+    apply(space, "Pod", "v1", "classic", asking(False), **classic)
+    space.kubectl("wait", "-n", NAMESPACE, "pod/classic", "--for=condition=Ready", "--timeout=120s", timeout=150)
+    spec = space.get("pod", "classic", "-n", NAMESPACE)["spec"]
+    assert [c["name"] for c in spec["containers"]] == ["mantle-proxy", "mantle-guard", "ask"]
+    assert until(lambda: space.kubectl("logs", "-n", NAMESPACE, "classic", "-c", "ask"), "it has asked") == "200\n"
+    status = space.get("pod", "classic", "-n", NAMESPACE)["status"]["containerStatuses"]
+    assert {item["name"]: item["restartCount"] for item in status} == {"ask": 0, "mantle-guard": 0, "mantle-proxy": 0}
+
+
+def test_why_a_pod_is_not_meshed_stands_on_it_and_on_its_workload(space: Cluster) -> None:
+    template = {"metadata": {"labels": {"app": "host"}}, "spec": asking(False, hostNetwork=True)}
+    apply(space, "Deployment", "apps/v1", "host", {"selector": {"matchLabels": {"app": "host"}}, "template": template})
+    (name,) = until(lambda: [p["metadata"]["name"] for p in space.pods(NAMESPACE, "host-")], "its pod")
+    said = "InjectionSkipped: not in the mesh, its traffic is plain: hostNetwork is enabled"
+    until(lambda: reasons(space, "Pod").get(name) == said, "the pod's event")
+    assert reasons(space, "Deployment").get("host") == said
+    annotations = space.get("pod", name, "-n", NAMESPACE)["metadata"]["annotations"]
+    assert annotations["mantle.dev/injection-skipped"] == "host_network_enabled: hostNetwork is enabled"
+    space.kubectl("delete", "deploy", "host", "-n", NAMESPACE)
