@@ -42,6 +42,7 @@ fn parse(args: &[String]) -> Option<(u16, Duration)> {
 }
 
 /// Asks until the answer is 200. The error is the last answer, or why there was none.
+#[allow(clippy::disallowed_methods, reason = "a program of its own, without threads: there is nothing else to wait on")]
 fn until_ready(port: u16, patience: Duration) -> Result<(), String> {
     let until = Instant::now() + patience;
     loop {
