@@ -360,7 +360,7 @@ ROWS = (
     "slice changed → its last subscriber has it, median / worst (how many)",
     "pod annotated → its own proxy has the policy, median / worst",
     "CPU for one change of a slice, all its streams told",
-    "CPU for one change of a pod, its one or two streams told",
+    "CPU for one change of a pod, its own stream and those of its service told",
     "of that: snapshot and indices (alone, without the cluster)",
     "messages sent because the API server was killed and started again",
     "memory before → peak until after that, MiB",
