@@ -239,7 +239,9 @@ def test_what_nobody_serves_is_a_502_or_a_closed_connection(client: Pod, mesh: M
 def test_the_proxys_own_ports_are_refused(client: Pod, plain: Pod, web: Pod) -> None:
     for port in (4140, 4143):
         with plain.connect(web.ip, port) as io:
+            began = time.monotonic()
             io.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             with contextlib.suppress(ConnectionResetError):
                 while answer := io.recv(100):
                     assert answer[0] == 0x15  # a TLS alert, and that is all
+            assert time.monotonic() - began < 5, "garbage is not listened to until the handshake's time is over"

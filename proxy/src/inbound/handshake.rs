@@ -47,13 +47,15 @@ pub(super) async fn terminate(
     seen: &[u8],
     config: Arc<ServerConfig>,
 ) -> Result<TlsStream<TcpStream>, Denied> {
-    let mut ahead = seen;
+    let (mut ahead, mut hopeless) = (seen, false);
     let handshake = TlsAcceptor::from(config).accept_with(io, |session| {
         while !ahead.is_empty() && session.read_tls(&mut ahead).is_ok_and(|n| n > 0) {
-            let _ = session.process_new_packets(); // an error comes again when the handshake goes on
+            hopeless |= session.process_new_packets().is_err();
         }
     });
-    match tokio::time::timeout(HANDSHAKE, handshake).await {
+    // What is wrong already gets its alert, and nothing more is waited for.
+    let limit = if hopeless { Duration::ZERO } else { HANDSHAKE };
+    match tokio::time::timeout(limit, handshake).await {
         Ok(Ok(tls)) => Ok(tls),
         Ok(Err(_)) | Err(_) => Err(Denied::IdentityRequired),
     }
