@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mantle_proxy_core::reasons::Unroutable;
+use mantle_proxy_core::reasons::{Unroutable, Unserved};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{LocalSet, spawn_local};
 
@@ -206,7 +206,7 @@ impl Thread {
     }
 
     fn refuse(&self, direction: Direction) {
-        self.control.metrics.error(direction, Layer::Tcp, "file_limit");
+        self.control.metrics.error(direction, Layer::Tcp, Unserved::FileLimit.label());
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use mantle_proxy_core::http1::{self, MAX_HEAD, Request, Response};
-use mantle_proxy_core::reasons::BadHttp;
+use mantle_proxy_core::reasons::{BadHttp, Unserved};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::Instant;
 
@@ -322,8 +322,8 @@ fn phrase(status: u16) -> &'static str {
     }
 }
 
-const SLOW: Refusal = Refusal { status: 408, reason: "head_timeout" };
-const SILENT: Refusal = Refusal { status: 502, reason: "server_closed" };
+const SLOW: Refusal = Refusal { status: 408, reason: Unserved::HeadTimeout.label() };
+const SILENT: Refusal = Refusal { status: 502, reason: Unserved::ServerClosed.label() };
 
 /// How long a head may take from its first byte to its last.
 const HEAD_TIME: Duration = Duration::from_secs(10);

@@ -108,6 +108,18 @@ reasons! {
 }
 
 reasons! {
+    /// Why a request or connection that was welcome was not served.
+    Unserved {
+        /// The head of a request began and was not whole in time.
+        HeadTimeout = "head_timeout",
+        /// The server's connection ended before its response began.
+        ServerClosed = "server_closed",
+        /// The proxy has as many files open as it may.
+        FileLimit = "file_limit",
+    }
+}
+
+reasons! {
     /// Why one stream of a mux link ended before both its directions did.
     StreamReset {
         /// Its user went away.

@@ -4,6 +4,7 @@
 //! it. A direction that fails resets the other side with the same reason.
 
 use std::future::{Future, poll_fn};
+use std::io::ErrorKind;
 use std::pin::{Pin, pin};
 use std::task::Poll;
 
@@ -13,6 +14,7 @@ use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::request::Parts;
 use http::{HeaderMap, Request, Response, Version};
+use mantle_proxy_core::reasons::{BadHttp, Unserved};
 use tokio::time::Instant;
 
 use super::head::{clean, grpc_status, is_grpc, strip_reserved};
@@ -205,6 +207,10 @@ fn no_answer(error: &h2::Error) -> Failed {
         Some(reason) if error.is_reset() => Failed::Reset(reason),
         // Only streams beyond the last one that a GOAWAY names end with it: they are never processed (RFC 9113 6.8).
         Some(_) if error.is_go_away() && error.is_remote() => Failed::Reset(Reason::REFUSED_STREAM),
+        // The link vouches that nothing of this connection left.
+        None if error.get_io().is_some_and(|io| io.kind() == ErrorKind::ConnectionRefused) => {
+            Failed::Reset(Reason::REFUSED_STREAM)
+        }
         Some(_) | None => Failed::Refused(NO_RESPONSE),
     }
 }
@@ -298,5 +304,5 @@ async fn gone(respond: &mut SendResponse<Bytes>) {
 
 /// Servers tried for one request.
 const ATTEMPTS: usize = 3;
-const BAD_REQUEST: Refusal = Refusal { status: 400, reason: "malformed" };
-const NO_RESPONSE: Refusal = Refusal { status: 502, reason: "server_closed" };
+const BAD_REQUEST: Refusal = Refusal { status: 400, reason: BadHttp::Malformed.label() };
+const NO_RESPONSE: Refusal = Refusal { status: 502, reason: Unserved::ServerClosed.label() };

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{self, SendRequest};
+use mantle_proxy_core::reasons::Unserved;
 use tokio::sync::OnceCell;
 use tokio::task::spawn_local;
 use tokio::time::timeout;
@@ -98,4 +99,4 @@ fn forget(pool: &RefCell<Pool>, key: &Key, slot: &Slot) {
 
 const ATTEMPTS: usize = 3;
 const HANDSHAKE: Duration = Duration::from_secs(5);
-const CLOSED: Refusal = Refusal { status: 502, reason: "server_closed" };
+const CLOSED: Refusal = Refusal { status: 502, reason: Unserved::ServerClosed.label() };

@@ -157,6 +157,7 @@ async fn an_observer_sees_a_request_from_its_head_to_its_end() {
 
     let mut stream = stage.taps.open(&request(Direction::Outbound, &tls, &labels, &Get("/api/list"))).expect("matches");
     stream.response(200, &no_headers, Duration::from_micros(1500));
+    stream.trailers(&|visit| visit("grpc-status", b"5"));
     stream.end(Outcome { grpc: Some(5), ..OK }, 321, Duration::from_millis(2), Duration::from_micros(500));
 
     let (event, http) = next(&mut events).await;
@@ -182,6 +183,8 @@ async fn an_observer_sees_a_request_from_its_head_to_its_end() {
     let (_, http) = next(&mut events).await;
     let http::Event::ResponseEnd(end) = http else { panic!("{http:?}") };
     assert_eq!((end.id, end.response_bytes, end.eos), (Some(id), 321, Some(Eos::from_grpc_status(5))));
+    let trailers = end.trailers.expect("extracted").headers;
+    assert_eq!((trailers[0].name.as_str(), &trailers[0].value[..]), ("grpc-status", &b"5"[..]));
 
     // The second is the last: it is dropped unfinished, and the stream ends with it.
     let none = Arc::from([]);

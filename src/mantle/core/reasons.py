@@ -65,6 +65,15 @@ class BadHttp(StrEnum):
 
 
 @unique
+class Unserved(StrEnum):
+    """Why a request or connection that was welcome was not served."""
+
+    HEAD_TIMEOUT = "head_timeout"
+    SERVER_CLOSED = "server_closed"
+    FILE_LIMIT = "file_limit"
+
+
+@unique
 class StreamReset(StrEnum):
     """Why one stream of a mux link ended before both its directions did."""
 
@@ -95,7 +104,15 @@ class LinkClosed(StrEnum):
     PEER_GONE = "peer_gone"
 
 
-SHARED_WITH_THE_PROXY: tuple[type[StrEnum], ...] = (NoTls, Denied, Unroutable, BadHttp, StreamReset, LinkClosed)
+SHARED_WITH_THE_PROXY: tuple[type[StrEnum], ...] = (
+    NoTls,
+    Denied,
+    Unroutable,
+    BadHttp,
+    Unserved,
+    StreamReset,
+    LinkClosed,
+)
 
 # ---- the control plane's own ----
 
