@@ -10,7 +10,6 @@ import os
 import socket
 import urllib.request
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,14 +28,6 @@ DEAD_PEER = 15
 
 class BadCluster(Exception):
     """Why there is no way to an API server: the configuration is missing or wrong. The text says what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Impersonate:
-    """Who to act as (`--as`, `--as-group`). RBAC must allow the caller to `impersonate` them."""
-
-    user: str
-    groups: tuple[str, ...] = ()
 
 
 class Client(AsyncClient):
@@ -73,51 +64,34 @@ def in_cluster(service_account: Path = SERVICE_ACCOUNT) -> Client:
             f"this is no pod of a cluster: found no {', no '.join(missing)}; "
             "run it in a pod with a service account token, or name a kubeconfig"
         )
-    return _client(KubeConfig.from_service_account(service_account).get(), None)
+    return _client(KubeConfig.from_service_account(service_account).get())
 
 
-def from_kubeconfig(
-    path: Path | None = None, context: str | None = None, impersonate: Impersonate | None = None
-) -> Client:
-    """As kubectl would: `path`, else the files of $KUBECONFIG, else ~/.kube/config; `context`, else the current one.
+def from_kubeconfig(path: Path, context: str | None = None) -> Client:
+    """As one user of a kubeconfig: that of `context`, else of its current one. For programs that are no pods: tests,
+    benches, a control plane under development.
 
     Raises `BadCluster` with what was found and wanted.
     """
-    file = path or default_kubeconfig()
     try:
-        configuration = KubeConfig.from_file(file)
-        chosen = configuration.get(context)
+        configuration = KubeConfig.from_file(path)
     except (ConfigError, KeyError, TypeError, ValueError, OSError) as error:
-        raise BadCluster(f"cannot use the kubeconfig {file}{_contexts(file)}: {error}") from error
-    if chosen is None or chosen.user is None:
-        raise BadCluster(f"cannot use the kubeconfig {file}: its context names no user")
-    return _client(chosen, impersonate)
-
-
-def default_kubeconfig() -> Path:
-    """The file kubectl would read. Of several in $KUBECONFIG, the first that exists."""
-    named = [Path(part) for part in os.environ.get("KUBECONFIG", "").split(os.pathsep) if part]
-    return next((path for path in named if path.exists()), named[0] if named else Path("~/.kube/config").expanduser())
-
-
-def _contexts(file: Path) -> str:
+        raise BadCluster(f"cannot read the kubeconfig {path}: {type(error).__name__} {error}") from error
     try:
-        names = sorted(KubeConfig.from_file(file).contexts)
-    except Exception:  # the reason it cannot be read is being reported already
-        return ""
-    return f" (contexts: {', '.join(names)})"
+        chosen = configuration.get(context)
+    except (ConfigError, KeyError) as error:
+        contexts = ", ".join(sorted(configuration.contexts)) or "none"
+        raise BadCluster(f"the kubeconfig {path} is of no use: {error}; its contexts: {contexts}") from error
+    if chosen is None or chosen.user is None:
+        raise BadCluster(f"the kubeconfig {path} is of no use: its context {context or 'chosen'} names no user")
+    return _client(chosen)
 
 
-def _client(config: SingleConfig | None, impersonate: Impersonate | None) -> Client:
+def _client(config: SingleConfig | None) -> Client:
     assert config is not None
     through_proxy = _proxied(config.cluster.server)
     transport = None if through_proxy else _transport(config)
-    client = Client(config=config, timeout=TIMEOUT, trust_env=through_proxy, transport=transport, lazy=True)
-    if impersonate is not None:
-        client.http.headers["Impersonate-User"] = impersonate.user
-        for group in impersonate.groups:
-            client.http.headers = httpx2.Headers([*client.http.headers.multi_items(), ("Impersonate-Group", group)])
-    return client
+    return Client(config=config, timeout=TIMEOUT, trust_env=through_proxy, transport=transport, lazy=True)
 
 
 def _transport(config: SingleConfig) -> httpx2.AsyncHTTPTransport:
