@@ -46,8 +46,10 @@ pub(crate) struct Credentials {
     pub(crate) client_plain: Arc<ClientConfig>,
     /// Server side on port 4143: client certificate asked for, ALPN `mantle-mux/1` if the client offers it.
     pub(crate) server_link: Arc<ServerConfig>,
-    /// Server side on the pod's own ports, 4190 and 4191: client certificate optional, no ALPN.
+    /// Server side on the pod's own ports, 4191 and the application's: client certificate optional, no ALPN.
     pub(crate) server_plain: Arc<ServerConfig>,
+    /// The same on 4190, which speaks HTTP/2 only, with its ALPN for clients that insist on one (gRPC libraries do).
+    pub(crate) server_http2: Arc<ServerConfig>,
 }
 
 /// `None` until the first certificate.
@@ -201,6 +203,7 @@ impl Trust {
             client_plain: client(&[]),
             server_link: server(&[ALPN_MUX]),
             server_plain: server(&[]),
+            server_http2: server(&[b"h2"]),
         })
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from mantle.cli import check, check_cluster, checks_cluster, checks_pods
 from mantle.cli.checks import Finding, Result, Validity
 from mantle.cli.checks_cluster import Api, Mesh, Trust, Wish
 from mantle.cli.checks_objects import Unread
 from mantle.cli.checks_pods import Data
+from mantle.cli.main import cli
 from mantle.core.inject import Injected, inject_pod
 from mantle.core.proxy_env import Values
 
@@ -388,3 +391,26 @@ def test_only_what_time_heals_is_waited_for() -> None:
     assert check_cluster.waits([("c", [young])])
     assert not check_cluster.waits([("c", [young, broken])])
     assert not check_cluster.waits([("c", [Finding("x", Result.WARNING, "r", "f", "control-ready")])])
+
+
+def test_a_cluster_that_nobody_named_and_that_is_gone_does_not_hide_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kubeconfig = {
+        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "config").write_text(json.dumps(kubeconfig))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr("mantle.cli.machine_client.running_meshes", lambda _root: [])
+    monkeypatch.setattr(check, "_machine", lambda: [Finding("this machine is able")])
+    ended = CliRunner().invoke(cli, ["check"], prog_name="mantle")
+    assert ended.exit_code == 0, ended.output
+    assert "√ this machine is able" in ended.stdout
+    assert "checking this machine instead" in ended.stderr
+    named = CliRunner().invoke(cli, ["check", "--context", "x"], prog_name="mantle")
+    assert named.exit_code == 1
+    assert "does not answer" in named.stderr

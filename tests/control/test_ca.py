@@ -48,7 +48,8 @@ class FakeCluster:
         if name in self.broken:
             raise Refused("PUT", 403, "forbidden by a quota")
         self.secrets[secret["metadata"]["namespace"], name] = secret
-        self.written.append(name)
+        if secret["metadata"]["namespace"] != "mantle":
+            self.written.append(name)
 
     async def controller_of(self, namespace: str, reference: Reference) -> Reference | None:
         return DEPLOYMENT if reference.uid == "u-rs" else None
@@ -95,6 +96,17 @@ def test_every_owner_gets_one_secret_and_is_left_alone_until_it_is_late() -> Non
     stage.look()
     assert len(stage.cluster.written) == 4
     assert stage.certificate().public_key() != first.public_key(), "each time a new key"
+
+
+def test_viz_gets_one_too_as_soon_as_there_is_anything_to_tap() -> None:
+    stage = Stage()
+    pods = dict(stage.pods)
+    stage.pods.clear()
+    stage.look()
+    assert stage.cluster.secrets == {}
+    stage.pods.update(pods)
+    stage.look()
+    assert ("mantle", "mantle-viz-deployment-tls-mantle") in stage.cluster.secrets
 
 
 def test_a_secret_goes_with_its_deployment_not_with_a_replica_set() -> None:

@@ -7,6 +7,8 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -15,13 +17,18 @@ from aiohttp import web
 from certificates import Certificate
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from mantle.core import ca, optional_tls
 from mantle.core.model import Key, Owner, Pod
 from mantle.core.names import MeshNames
+from mantle.core.optional_names import OptionalNames
+from mantle.core.optional_names import Owner as TlsOwner
 from mantle.gen.io.linkerd.proxy import tap_pb2
 from mantle.gen.mantle.v1 import edges_pb2
 from mantle.viz import proxies as module
+from mantle.viz.observer import Observer
 from mantle.viz.proxies import Proxies, Unreachable
 
+NAMES = MeshNames("mantle", "cluster.local")
 IDENTITY = "web.emojivoto.serviceaccount.identity.mantle.cluster.local"
 IP = f"127.{os.getpid() >> 16 & 255}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
 """An address of this process's own, so that parallel runs do not meet."""
@@ -105,17 +112,73 @@ def test_every_call_demands_the_pod_s_identity() -> None:
     play(scene)
 
 
-def test_of_the_experimental_mode_only_what_anybody_may_read_is_asked() -> None:
-    weak = replace(pod(), labels={"mantle.dev/tls": "optional"})
+class Authority:
+    """The ca of the experimental mode, and Secrets where viz and a pod would find theirs."""
 
+    def __init__(self) -> None:
+        self.names = OptionalNames(NAMES)
+        now = datetime.now(UTC)
+        self.authority = optional_tls.new_authority(self.names, now, (os.urandom(16), os.urandom(16)))
+        trust = self.authority.trust
+        issuer = ca.load_issuer(trust.issuer_pem, trust.issuer_key_pem, trust.roots_pem)
+        assert isinstance(issuer, ca.Issuer)
+        self.valid = ca.ValidIssuer(issuer)
+
+    def issue(self, owner: TlsOwner) -> optional_tls.Material:
+        made = optional_tls.issue(self.valid, self.authority, owner, self.names, datetime.now(UTC), os.urandom(16))
+        assert isinstance(made, optional_tls.Material)
+        return made
+
+    def mount(self, folder: Path) -> Path:
+        made = self.issue(self.names.observer)
+        for name, content in (("tls.crt", made.chain_pem), ("tls.key", made.key_pem), ("ca.crt", made.bundle)):
+            (folder / name).write_bytes(content)
+        return folder
+
+
+WEAK = replace(pod(), labels={"mantle.dev/tls": "optional"}, annotations={"mantle.dev/tls-owner": "deployment/web"})
+
+
+def tapped(authority: Authority, folder: Path, owner: str) -> list[object]:
+    """Who asked, and what viz got from a pod of that mode that proves to be `owner`."""
+
+    async def run() -> list[object]:
+        proxy, server = Proxy(), grpc.aio.server()
+        made = authority.issue(TlsOwner("emojivoto", "deployment", owner))
+        server.add_generic_rpc_handlers((proxy,))
+        credentials = grpc.ssl_server_credentials([(made.key_pem, made.chain_pem)], made.bundle, True)
+        server.add_secure_port(f"{IP}:{module.CONTROL_PORT}", credentials)
+        await server.start()
+        try:
+            async with asyncio.timeout(60), Proxies(NAMES, Observer(NAMES, folder)) as proxies:
+                (row,) = await proxies.clients(WEAK)
+                events = [event async for event in proxies.observe(WEAK, tap_pb2.ObserveRequest(limit=1))]
+                return [row.total, len(events), *proxy.demanded]
+        finally:
+            await server.stop(None)
+
+    return asyncio.run(run())
+
+
+def test_pods_of_the_experimental_mode_are_tapped_with_its_own_certificate(tmp_path: Path) -> None:
+    authority = Authority()
+    folder = authority.mount(tmp_path)
+    assert tapped(authority, folder, "web") == [3, 1, None, None]
+    with pytest.raises(ValueError, match="not enough values"):  # somebody else at that address: no rows, and no tap
+        tapped(authority, folder, "mallory")
+
+
+def test_without_a_certificate_of_that_mode_its_pods_show_their_metrics_only(tmp_path: Path) -> None:
     async def scene(proxy: Proxy, proxies: Proxies) -> None:
-        assert await proxies.metrics(weak) == "request_total 7\n"
-        assert await proxies.clients(weak) == []
-        with pytest.raises(Unreachable, match="it is of the experimental mode"):
-            await anext(proxies.observe(weak, tap_pb2.ObserveRequest(limit=1)))
+        assert await proxies.metrics(WEAK) == "request_total 7\n"
+        assert await proxies.clients(WEAK) == []
+        with pytest.raises(Unreachable, match="this mesh has no ca"):
+            await anext(proxies.observe(WEAK, tap_pb2.ObserveRequest(limit=1)))
         assert proxy.demanded == [None], "one plain GET, and no identity that could not be proved"
 
     play(scene)
+    made = Observer(NAMES, tmp_path).credentials(WEAK)
+    assert "viz has no certificate of that mode yet" in str(made)
 
 
 def test_leaving_a_tap_ends_it_at_the_proxy() -> None:

@@ -78,7 +78,7 @@ async fn connection(
         return;
     }
     let Some(now) = credentials.borrow().clone() else { return };
-    let accept = TlsAcceptor::from(now.server_plain.clone()).accept(io);
+    let accept = TlsAcceptor::from(now.server_http2.clone()).accept(io);
     let io = match tokio::time::timeout(HANDSHAKE, accept).await {
         Ok(Ok(io)) => io,
         Ok(Err(error)) => return tracing::debug!(%peer, %error, "TLS with a tap client failed"),

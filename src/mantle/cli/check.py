@@ -50,8 +50,15 @@ def command(flags: Globals, pre: bool, proxies: bool, wait: str) -> int:
     output = flags.output_of("table", "short", "json")
     if pre and proxies:
         raise click.UsageError("--pre is before an installation and --proxy after it: leave one of them out")
+    meant = pre or proxies or bool(flags.cluster_flags)
     if (cluster := _cluster(flags, wanted=pre or proxies)) is not None:
-        return _on_cluster(flags, cluster, output, pre=pre, proxies=proxies, wait=seconds_of(wait))
+        try:
+            return _on_cluster(flags, cluster, output, pre=pre, proxies=proxies, wait=seconds_of(wait))
+        except Failure as failure:
+            if meant:
+                raise
+            # Nobody asked for a cluster: an old kubeconfig must not keep this machine from being checked.
+            sys.stderr.write(f"{escape(failure.message)}: checking this machine instead\n")
     found: list[Category] = [("machine", _machine())]
     mesh = _mesh(flags)
     found += mesh

@@ -152,6 +152,8 @@ class Distributor:
             return RETRY
         controllers = {pod.owner: pod.controller for pod in self.pods.values()}
         self.metrics.owners.set(len(controllers))
+        if controllers:
+            controllers.setdefault(self.authorities.names.observer, None)
         due = tls.due(frozenset(controllers), self.issued, authority, self.now())
         for owner in due.forget:
             del self.issued[owner]  # its Secret goes with its owner, by owner reference

@@ -51,6 +51,8 @@ def make_optional(pod: Object, owner: Owner, names: OptionalNames, proxy: str, t
     for entry in sidecar["env"]:
         if entry["name"].endswith("_PROXY_IDENTITY_LOCAL_NAME"):
             entry["value"] = f"{owner.name}.{owner.kind}.$(_pod_ns){names.suffix}"
+        if entry["name"].endswith("_PROXY_TAP_SVC_NAME"):
+            entry["value"] = str(names.identity(names.observer))
     sidecar["env"] = [e for e in sidecar["env"] if not e["name"].endswith("_PROXY_IDENTITY_TOKEN_FILE")]
     sidecar["env"] += [
         {"name": "MANTLE_PROXY_IDENTITY_FILES", "value": DIRECTORY},

@@ -72,6 +72,11 @@ class OptionalNames:
     def root(self) -> str:
         return f"root.{self.trust_domain}"
 
+    @property
+    def observer(self) -> Owner:
+        """Who may tap pods of this mode: viz, which has a certificate of the mode for that and nothing else."""
+        return Owner(self.mesh.control_namespace, "deployment", "mantle-viz")
+
     def identity(self, owner: Owner) -> str | BadName:
         """The owner's DNS name, or why it cannot have one."""
         if not is_label(owner.namespace):

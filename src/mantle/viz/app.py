@@ -31,6 +31,7 @@ from mantle.platform.port import Platform
 from mantle.platform.remote import RemotePlatform
 from mantle.viz.api import Api
 from mantle.viz.discovery import Discovery
+from mantle.viz.observer import Observer
 from mantle.viz.pod_views import PodViews
 from mantle.viz.proxies import Proxies
 from mantle.viz.router import router_addresses
@@ -60,6 +61,8 @@ class Options:
     """How to reach the cluster from outside it; None: as the pod this runs in."""
     cluster_domain: str = "cluster.local"
     """What service names end in."""
+    tls_optional: Path | None = None
+    """Where viz's certificate of the experimental mode is mounted."""
     dns_names: tuple[str, ...] = ()
     """What else than the Service's name the API server may call us."""
 
@@ -118,6 +121,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--listen", default="0.0.0.0:8089", metavar="IP:PORT", help="HTTPS, for a cluster's API server")
     parser.add_argument("--kubeconfig", type=Path, metavar="FILE", help="how to reach a cluster from outside it")
     parser.add_argument("--dns-name", action="append", default=[], help="what else the API server may call us")
+    parser.add_argument("--tls-optional", type=Path, metavar="DIR", help="viz's Secret of the experimental mode")
     parser.add_argument("--pod", default=socket.gethostname(), metavar="NAME", help="this pod (default: the host name)")
     args = parser.parse_args(argv)
     names = mesh_names(args.control_namespace, args.trust_domain)
@@ -143,6 +147,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         aggregated=(listen_host.strip("[]"), int(listen_port)),
         kubeconfig=args.kubeconfig,
         cluster_domain=args.cluster_domain,
+        tls_optional=args.tls_optional,
         dns_names=tuple(args.dns_name),
     )
 
@@ -153,7 +158,8 @@ async def run(options: Options, platform: Platform, serve: Serve) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     world = World(options.router, own=Key(options.names.control_namespace, options.pod))
-    async with Proxies(options.names) as proxies, contextlib.AsyncExitStack() as servers:
+    observer = Observer(options.names, options.tls_optional)
+    async with Proxies(options.names, observer) as proxies, contextlib.AsyncExitStack() as servers:
         scraper = Scraper(
             world,
             proxies,

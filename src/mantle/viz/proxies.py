@@ -3,8 +3,8 @@
 Everything goes out in plaintext to POD_IP and is taken by this pod's own proxy, which makes it mutual TLS; the header
 `l5d-require-id` makes that proxy refuse any other identity than the pod's, so that nothing is ever asked of a stranger.
 
-Pods of the experimental mode are the exception: no proxy of the default mode can verify them. Of them only what anybody
-may read is asked, in plaintext: metrics and the certificate, not the table of clients, and no tap.
+Pods of the experimental mode are the exception: no proxy of the default mode can verify them. Metrics and certificate,
+which anybody may read, are asked in plaintext; for tap viz makes mutual TLS itself (`observer.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.world import is_optional
 from mantle.gen.io.linkerd.proxy import tap_pb2
 from mantle.gen.mantle.v1 import edges_pb2
+from mantle.viz.observer import CannotObserve, Observer
 
 ADMIN_PORT = 4191
 CONTROL_PORT = 4190
@@ -38,9 +39,10 @@ class Unreachable(Exception):
 class Proxies:
     """Connections to proxies, kept per pod until `keep_only` drops them. Use inside `async with`."""
 
-    def __init__(self, names: MeshNames) -> None:
+    def __init__(self, names: MeshNames, observer: Observer | None = None) -> None:
         self._names = names
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._observer = observer or Observer(names, None)
+        self._channels: dict[str, tuple[int, grpc.aio.Channel]] = {}
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Proxies:
@@ -57,7 +59,7 @@ class Proxies:
     async def keep_only(self, uids: Collection[str]) -> None:
         """Closes the channels to pods that are not in `uids`."""
         for uid in self._channels.keys() - set(uids):
-            await self._channels.pop(uid).close(None)
+            await self._channels.pop(uid)[1].close(None)
 
     async def metrics(self, pod: Pod, port: int = 0) -> str:
         """The text of `GET /metrics` on a pod's port (0: its proxy's admin port). Raises `Unreachable`."""
@@ -90,10 +92,18 @@ class Proxies:
         return ssl.DER_cert_to_PEM_cert(await self._get(pod, _moved(pod, "admin-port", ADMIN_PORT), "/identity"))
 
     async def clients(self, pod: Pod) -> list[edges_pb2.Edge]:
-        """The rows of a proxy's table of clients; none of a pod of the experimental mode. Raises `Unreachable`."""
-        if is_optional(pod):
-            return []
-        call = self._channel(pod).unary_unary(
+        """The rows of a proxy's table of clients; none of a pod of the experimental mode that cannot be asked. Raises
+        `Unreachable`.
+        """
+        try:
+            return await self._clients(pod)
+        except Unreachable:
+            if is_optional(pod):
+                return []
+            raise
+
+    async def _clients(self, pod: Pod) -> list[edges_pb2.Edge]:
+        call = (await self._channel(pod)).unary_unary(
             "/mantle.v1.Edges/List",
             request_serializer=edges_pb2.ListRequest.SerializeToString,
             response_deserializer=edges_pb2.ListResponse.FromString,
@@ -106,12 +116,7 @@ class Proxies:
 
     async def observe(self, pod: Pod, request: tap_pb2.ObserveRequest) -> AsyncIterator[tap_pb2.TapEvent]:
         """The events of one `Observe`, which ends at its limit. Raises `Unreachable`."""
-        if is_optional(pod):
-            raise Unreachable(
-                f"tap on {pod.key}: it is of the experimental mode and cannot prove itself; tap its peers of the "
-                "default mode, or move it with `mantle migrate-tls`"
-            )
-        call = self._channel(pod).unary_stream(
+        call = (await self._channel(pod)).unary_stream(
             "/io.linkerd.proxy.tap.Tap/Observe",
             request_serializer=tap_pb2.ObserveRequest.SerializeToString,
             response_deserializer=tap_pb2.TapEvent.FromString,
@@ -124,13 +129,28 @@ class Proxies:
         finally:
             call.cancel()
 
-    def _channel(self, pod: Pod) -> grpc.aio.Channel:
-        channel = self._channels.get(pod.uid)
-        if channel is None:
-            port = _moved(pod, "control-port", CONTROL_PORT)
-            channel = grpc.aio.insecure_channel(f"{_host(pod.ip)}:{port}", options=_CHANNEL_OPTIONS)
-            self._channels[pod.uid] = channel
+    async def _channel(self, pod: Pod) -> grpc.aio.Channel:
+        stamp = self._observer.stamp() if is_optional(pod) else 0
+        kept = self._channels.get(pod.uid)
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
+        if kept is not None:  # made with a certificate that has been renewed
+            del self._channels[pod.uid]
+            await kept[1].close(None)
+        channel = self._dial(pod)
+        self._channels[pod.uid] = stamp, channel
         return channel
+
+    def _dial(self, pod: Pod) -> grpc.aio.Channel:
+        address = f"{_host(pod.ip)}:{_moved(pod, 'control-port', CONTROL_PORT)}"
+        if not is_optional(pod):
+            return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        made = self._observer.credentials(pod)
+        if isinstance(made, CannotObserve):
+            raise Unreachable(f"tap on {pod.key}: {made}")
+        credentials, name = made
+        options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", name))
+        return grpc.aio.secure_channel(address, credentials, options=options)
 
     def _identity(self, pod: Pod) -> str:
         identity = self._names.identity(Workload(pod.key.namespace, pod.service_account))
@@ -139,6 +159,8 @@ class Proxies:
         return identity
 
     def _metadata(self, pod: Pod) -> grpc.aio.Metadata:
+        if is_optional(pod):
+            return grpc.aio.Metadata()
         return grpc.aio.Metadata((REQUIRE_ID, self._identity(pod)))
 
 
