@@ -212,3 +212,18 @@ async def test_destination_sees_all_it_needs_with_its_own_rights(
             assert "mantle" in snapshot.namespaces
             assert platform.missing() == ""
             break
+
+
+async def test_a_token_file_that_is_away_for_a_moment_is_waited_for(
+    installed: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = as_pod(installed, "mantle-destination", tmp_path, monkeypatch)
+    (tmp_path / "token").rename(tmp_path / "hidden")
+    async with client, running(client, DISCOVERY) as platform, asyncio.timeout(20):
+        while not all(reflector.trouble for reflector in platform.reflectors.values()):
+            await asyncio.sleep(0.02)
+        assert "pods (unreachable)" in platform.missing() or "pods (cut)" in platform.missing()
+        (tmp_path / "hidden").rename(tmp_path / "token")
+        async for snapshot in platform.watch():
+            assert "mantle" in snapshot.namespaces
+            break

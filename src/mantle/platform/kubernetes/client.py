@@ -26,6 +26,10 @@ DEAD_PEER = 15
 """Seconds after which the kernel gives up a connection whose other end is gone: long before a quiet watch would."""
 
 
+NO_ANSWER = (httpx2.HTTPError, OSError, ConfigError)
+"""What a request raises that gets no answer: the network, TLS, or a token file that is not there just now."""
+
+
 class BadCluster(Exception):
     """Why there is no way to an API server: the configuration is missing or wrong. The text says what to do."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2
 
 from mantle.core.ratelimit import Limited, RateLimiter
-from mantle.platform.kubernetes.client import Client
+from mantle.platform.kubernetes.client import NO_ANSWER, Client
 from mantle.platform.port import Event
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class EventWriter:
             path = f"/api/v1/namespaces/{event['metadata']['namespace']}/events"
             response = await self._client.http.post(path, json=event)
             response.raise_for_status()
-        except httpx2.HTTPError as error:
+        except NO_ANSWER as error:
             self.outcomes["failed"] += 1
             status = error.response.status_code if isinstance(error, httpx2.HTTPStatusError) else 0
             if status != self._complaint:

@@ -21,6 +21,7 @@ import httpx2
 import msgspec
 
 from mantle.core.reasons import WatchEnded
+from mantle.platform.kubernetes.client import NO_ANSWER
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ class Reflector(Generic[Raw, Name, Value]):
                 ended = await self._watch()
             except _Stop as stop:
                 ended = stop.ended
-            except httpx2.HTTPError as error:
+            except NO_ANSWER as error:
                 ended = _broken(error)
             if self._following:
                 self._following, self._followed_until = False, asyncio.get_running_loop().time()
@@ -396,7 +397,7 @@ def _refused(code: int, headers: Mapping[str, str], body: bytes) -> Ended:
     return Ended(WatchEnded.SERVER_ERROR, detail)
 
 
-def _broken(error: httpx2.HTTPError) -> Ended:
+def _broken(error: Exception) -> Ended:
     detail = f"{type(error).__name__} {error}".strip()
     match error:
         case httpx2.ReadTimeout():

@@ -27,7 +27,7 @@ from joserfc.jwk import KeySet
 
 from mantle.core.model import Key, Pod
 from mantle.core.reasons import TokenReason
-from mantle.platform.kubernetes.client import Client
+from mantle.platform.kubernetes.client import NO_ANSWER, Client
 from mantle.platform.kubernetes.convert import PodObject, SeenPod, pod
 from mantle.platform.kubernetes.reflector import Reflector
 from mantle.platform.port import PlatformUnavailable, TokenClaims, TokenRejected
@@ -258,7 +258,7 @@ class TokenReviewer:
         if clock() >= self._ask_again_at:
             try:
                 outcome = await self._ask(token, audiences)
-            except (httpx2.HTTPError, TimeoutError, msgspec.MsgspecError) as error:
+            except (*NO_ANSWER, msgspec.MsgspecError) as error:  # a timeout is an OSError
                 problem = f"{type(error).__name__} {error}".strip()
                 self._ask_again_at = clock() + SPARED
                 log.warning("the API server reviews no tokens (%s): going on with its keys", problem)
@@ -276,7 +276,7 @@ class TokenReviewer:
                 self.denied = await self._denied()
                 await self.fetch_keys()
                 complaint = ""
-            except (httpx2.HTTPError, ValueError, KeyError, JoseError, msgspec.MsgspecError) as error:
+            except (*NO_ANSWER, ValueError, KeyError, JoseError, msgspec.MsgspecError) as error:
                 problem = f"{type(error).__name__} {error}".strip()
                 if problem != complaint:
                     log.warning("the cluster's token keys cannot be read (%s)", problem)
