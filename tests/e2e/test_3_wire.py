@@ -32,6 +32,22 @@ def test_the_debug_sidecar_sees_tls_and_no_request_in_the_clear(emojivoto: Clust
     until(seen, "TLS between web and voting", 90)
 
 
+def test_with_transparent_transport_the_seeds_own_line_shows_tls_on_the_applications_port(emojivoto: Cluster) -> None:
+    """`config.mantle.dev/transport-mode: transparent`, as an annotation of the running namespace: no pod is restarted."""
+    emojivoto.kubectl("annotate", "ns", "emojivoto", "config.mantle.dev/transport-mode=transparent", "--overwrite")
+    try:
+
+        def seen() -> bool:
+            pods = [p for p in emojivoto.pods("emojivoto", "voting-") if len(p["spec"]["containers"]) > 1]
+            packets = captured(emojivoto, pods[0]["metadata"]["name"], "tcp.port==8080,ssl")
+            assert not [p[0] for p in packets if "emojivoto.v1" in p[4]], "a request is readable on the wire"
+            return any(p[3].startswith("TLSv1") and "Application Data" in p[4] for p in packets)
+
+        until(seen, "TLS on 8080 between web and voting", 90)
+    finally:
+        emojivoto.kubectl("annotate", "ns", "emojivoto", "config.mantle.dev/transport-mode-")
+
+
 def test_after_injecting_again_without_it_the_debug_sidecar_is_gone(emojivoto: Cluster) -> None:
     emojivoto.apply(emojivoto.mantle("inject", "apps/emojivoto/emojivoto.yml"))
     emojivoto.rolled_out("emojivoto")

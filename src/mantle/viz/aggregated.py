@@ -159,7 +159,10 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.StreamResponse = await handler(request)
         return response
     except _Refused as error:
-        return _status(error.status, error.reason, [(error.message, error.fix)])
+        refused = _status(error.status, error.reason, [(error.message, error.fix)])
+        if error.status == 401:
+            refused.force_close()  # who comes again is verified anew, against the front proxy of then
+        return refused
     except BadRequest as error:
         reason = "BadRequest" if error.status == 400 else "ServiceUnavailable"
         return _status(error.status, reason, error.mistakes)
