@@ -1,4 +1,4 @@
-"""`mantle demo --context`: the application, its encrypted traffic, nothing left. Before anybody else makes emojivoto."""
+"""`mantle demo --context`: the application, its traffic encrypted, nothing left. Before anybody makes emojivoto."""
 
 from __future__ import annotations
 

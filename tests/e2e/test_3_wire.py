@@ -33,7 +33,7 @@ def test_the_debug_sidecar_sees_tls_and_no_request_in_the_clear(emojivoto: Clust
 
 
 def test_with_transparent_transport_the_seeds_own_line_shows_tls_on_the_applications_port(emojivoto: Cluster) -> None:
-    """`config.mantle.dev/transport-mode: transparent`, as an annotation of the running namespace: no pod is restarted."""
+    """`config.mantle.dev/transport-mode: transparent`, onto the running namespace: no pod is restarted."""
     emojivoto.kubectl("annotate", "ns", "emojivoto", "config.mantle.dev/transport-mode=transparent", "--overwrite")
     try:
 
