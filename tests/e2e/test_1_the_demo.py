@@ -19,5 +19,6 @@ def test_the_demo_shows_encrypted_traffic_and_leaves_nothing(cluster: Cluster) -
     edges = {(edge["src"], edge["dst"]) for edge in said["edges"]}
     assert edges >= {("vote-bot", "web"), ("web", "emoji"), ("web", "voting")}
     requests = [event for event in said["tap"] if "requestInitEvent" in event]
-    assert requests and all(event["destination"]["metadata"].get("tls") for event in requests)
+    sides = {"INBOUND": "source", "OUTBOUND": "destination"}
+    assert requests and {event[sides[event["proxyDirection"]]]["metadata"]["tls"] for event in requests} == {"true"}
     assert "emojivoto" not in cluster.kubectl("get", "ns", "-o", "name")
