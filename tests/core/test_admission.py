@@ -132,6 +132,13 @@ def test_a_pod_that_was_wanted_and_cannot_be_says_so_on_itself(spec, reason, say
     assert again.note is None and applied(again, once) == once
 
 
+def test_a_copy_of_a_skipped_pod_that_can_be_meshed_now_forgets_the_reason():
+    obj = pod(ENABLED | {"mantle.dev/injection-skipped": "host_network_enabled: hostNetwork is enabled"})
+    decision = decided(obj)
+    assert "mantle.dev/injection-skipped" not in applied(decision, obj)["metadata"]["annotations"]
+    assert decision.note.reason == "Injected"
+
+
 def test_a_pod_nobody_asked_about_is_left_alone_without_a_word():
     for obj in (pod(), pod({"mantle.dev/inject": "disabled"}), pod(hostNetwork=True)):
         decision = decided(obj)

@@ -124,11 +124,12 @@ def decide(
     inherited = (namespace.get("metadata") or {}).get("annotations") or {}
     asked = "workload" if own.get(INJECT) in _ASKED else "namespace" if inherited.get(INJECT) in _ASKED else ""
     # Another webhook came after us and we are asked once more (reinvocationPolicy): all is said already.
-    again = own.get(CREATED_BY) == values.created_by or SKIPPED in own
-    quiet = bool(request.get("dryRun")) or again
+    again = own.get(CREATED_BY) == values.created_by
+    quiet = bool(request.get("dryRun"))
 
     def made(answer: Object, outcome: Outcome, reasons: tuple[str, ...], note: Note | None) -> Decision:
-        return Decision(answer, outcome, subject, reasons, asked, None if quiet else note, again)
+        seen = again or (outcome is Outcome.SKIPPED and SKIPPED in own)
+        return Decision(answer, outcome, subject, reasons, asked, None if quiet or seen else note, seen)
 
     if MIRROR in own:
         note = _skip_note((Skip.STATIC,)) if asked else None

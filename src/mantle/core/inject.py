@@ -28,6 +28,7 @@ from mantle.core.annotations import (
     LABEL_WORKLOAD_NS,
     PREFIX,
     PROXY_VERSION,
+    SKIPPED,
     TRUST_ROOT_SHA256,
     Config,
     Mistake,
@@ -133,7 +134,7 @@ def inject_pod(
     metadata["labels"] = {**labels, **_labels(metadata, ns_metadata, values, owner)}
     metadata["annotations"] = {
         **config.inherited,
-        **own,
+        **{name: text for name, text in own.items() if name != SKIPPED},
         CREATED_BY: values.created_by or f"mantle {values.version}",
         PROXY_VERSION: config.get("proxy-version", values.version),
         TRUST_ROOT_SHA256: hashlib.sha256(values.trust_anchors.encode()).hexdigest(),
