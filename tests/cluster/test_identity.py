@@ -40,7 +40,8 @@ NAMES = MeshNames("mantle", "cluster.local")
 def installed(api_server: ApiServer) -> ApiServer:
     """The service accounts of identity and destination with the roles that `mantle install` gives them."""
     text = RBAC.read_text().replace("${CONTROL_NAMESPACE}", "mantle")
-    rules = [r for r in ruamel.yaml.YAML(typ="safe").load_all(text) if r and r["kind"].startswith("ClusterRole")]
+    documents = [document for document in ruamel.yaml.YAML(typ="safe").load_all(text) if document]
+    rules = [r for r in documents if r["metadata"].get("namespace") in (None, "mantle")]
     accounts = [
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": "mantle"}}
         for name in ("mantle-identity", "mantle-destination", "nobody")
@@ -165,6 +166,33 @@ async def test_events_of_one_account_are_few(
             while play.platform.events.outcomes["written"] < 10:
                 await asyncio.sleep(0.05)
         assert play.platform.events.outcomes == {"written": 10, "limited": 4}
+
+
+async def test_events_about_the_issuer_are_found_on_its_deployment(
+    installed: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = {
+        "metadata": {"labels": {"a": "b"}},
+        "spec": {"containers": [{"name": "identity", "image": "i"}]},
+    }
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "mantle-identity"},
+        "spec": {"replicas": 0, "selector": {"matchLabels": {"a": "b"}}, "template": template},
+    }
+    await asyncio.to_thread(apply, installed, "mantle", deployment)
+    client = as_pod(installed, "mantle-identity", tmp_path, monkeypatch)
+    async with identity_play(installed, client, tmp_path) as play:
+        (tmp_path / "tls.crt").write_text("no certificate")
+        play.certifier.issuer.refresh()
+        assert isinstance(await play.ask(), ca.Leaf), "the issuer before is used on"
+        async with asyncio.timeout(20):
+            while play.platform.events.outcomes["written"] < 2:
+                await asyncio.sleep(0.05)
+        said = await asyncio.to_thread(installed.kubectl, "-n", "mantle", "describe", "deployment", "mantle-identity")
+        assert "IssuerUpdateSkipped" in said
+        assert "Warning" in said
 
 
 async def test_a_token_of_another_audience_says_found_wanted_and_fix(

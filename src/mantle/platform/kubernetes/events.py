@@ -30,6 +30,7 @@ TOGETHER = (10.0, 100)
 WAITING = 500
 """Events that wait to be written at most."""
 API_VERSIONS = {"Deployment": "apps/v1"}
+PLURALS = {"Deployment": "deployments"}
 
 
 class EventWriter:
@@ -42,6 +43,7 @@ class EventWriter:
         self._queue: deque[dict[str, Any]] = deque()
         self._work = asyncio.Event()
         self._complaint = 0
+        self._uids: dict[str, str] = {}
         self.outcomes: Counter[str] = Counter()
         """How many were `written`, dropped as `limited` or `full`, or refused by the API server (`failed`)."""
 
@@ -67,6 +69,7 @@ class EventWriter:
 
     async def _write(self, event: dict[str, Any]) -> None:
         try:
+            await self._add_uid(event["involvedObject"])
             path = f"/api/v1/namespaces/{event['metadata']['namespace']}/events"
             response = await self._client.http.post(path, json=event)
             response.raise_for_status()
@@ -79,6 +82,18 @@ class EventWriter:
         else:
             self.outcomes["written"] += 1
             self._complaint = 0
+
+    async def _add_uid(self, about: dict[str, str]) -> None:
+        """An object that is not followed is asked for, once: without its uid `kubectl describe` finds no event."""
+        if "uid" in about or about["kind"] not in PLURALS:
+            return
+        group, plural = about["apiVersion"], PLURALS[about["kind"]]
+        path = f"/apis/{group}/namespaces/{about['namespace']}/{plural}/{about['name']}"
+        if path not in self._uids:
+            response = await self._client.http.get(path)
+            self._uids[path] = response.json()["metadata"]["uid"] if response.status_code == 200 else ""
+        if uid := self._uids[path]:
+            about["uid"] = uid
 
 
 def body(event: Event, component: str, uid: str, now: datetime, unique: int) -> dict[str, Any]:
