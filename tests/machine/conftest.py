@@ -7,6 +7,8 @@ everything in it. `host` comes twice: as root, and as a user who only has what e
 
 import asyncio
 import contextlib
+import faulthandler
+import gc
 import os
 import pickle
 import select
@@ -140,6 +142,7 @@ class Host:
         if outer == 0:
             # Only this thread exists here, and nothing of the runner is used any more.
             with contextlib.suppress(BaseException):
+                gc.freeze()  # what the runner left behind (gRPC's objects need its threads) is not for us to collect
                 ns.die_with_parent()
                 os.close(reader)
                 ns.unshare(ns.NEWPID | ns.NEWNET | ns.NEWNS | ns.NEWIPC | ns.NEWUTS)
@@ -150,7 +153,8 @@ class Host:
             os._exit(0)
         os.close(writer)
         try:
-            assert select.select([reader], [], [], seconds + 5)[0], f"the scene was not over after {seconds} s"
+            # A scene that is cancelled still takes its mesh down: it gets the time to say what it waited for.
+            assert select.select([reader], [], [], seconds + 25)[0], f"the scene was not over after {seconds} s"
             with os.fdopen(reader, "rb", closefd=False) as said:
                 outcome = said.read()
         finally:
@@ -165,6 +169,9 @@ class Host:
         self, scene: Callable[[], Awaitable[None]], writer: int, seconds: float, prepare: Callable[[], None]
     ) -> None:
         failure = ""
+        # One that is stuck shows where, without a thread: threads may not exist before namespaces are entered.
+        faulthandler.register(signal.SIGALRM, all_threads=True, chain=False)
+        signal.alarm(int(seconds) + 3)
         try:
             ns.die_with_parent()
             self._furnish(prepare)

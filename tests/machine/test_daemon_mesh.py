@@ -25,7 +25,7 @@ from mantle.platform.machine.netlink import Route
 from mantle.platform.machine.places import state_root
 
 # ruff: noqa: ASYNC240, ASYNC110
-pytestmark = [pytest.mark.root, pytest.mark.mesh]
+pytestmark = [pytest.mark.root, pytest.mark.mesh, pytest.mark.timeout(200)]
 
 APP = """\
 apiVersion: v1

@@ -22,7 +22,7 @@ import pytest
 
 from mantle.cli.machine_client import state_root
 
-pytestmark = [pytest.mark.root, pytest.mark.mesh, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.mesh, pytest.mark.slow, pytest.mark.timeout(340)]
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = """\
