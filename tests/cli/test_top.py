@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +116,67 @@ def test_durations() -> None:
     assert [duration(n) for n in (0, 482_300, 1_000_000, 999_400_000, 2_340_000_000)] == [
         "0µs", "482µs", "1ms", "999ms", "2.3s"
     ]  # fmt: skip
+
+
+class Requests(BaseHTTPRequestHandler):
+    """One request of a tap, then silence, as the daemon relays them."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for event in request(1, WEB, EMOJI):
+            line = json.dumps(event).encode() + b"\n"
+            self.wfile.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
+        self.rfile.read()  # until the client goes
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def tapped(tmp_path: Path) -> Iterator[list[str]]:
+    """The words that run `mantle` against a mesh whose tap shows one request."""
+    (tmp_path / "default").mkdir()
+    program = (
+        "import pathlib\nfrom mantle.cli import machine_client, main\n"
+        f"machine_client.state_root = lambda: pathlib.Path({str(tmp_path)!r})\nmain.main()"
+    )
+    with socketserver.ThreadingUnixStreamServer(str(tmp_path / "default" / "api.sock"), Requests) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield [sys.executable, "-c", program, "--mesh", "default"]
+        server.shutdown()
+        thread.join()
+
+
+def test_on_a_terminal_a_table_that_renews_itself_until_ctrl_c(tapped: list[str]) -> None:
+    reader, writer = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "20"}
+    shown = b""
+    with subprocess.Popen([*tapped, "top", "deploy"], stdout=writer, stderr=subprocess.PIPE, env=environment) as top:
+        os.close(writer)
+        while b"emoji-1" not in shown:
+            shown += os.read(reader, 65536)
+        top.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # EIO: nobody holds the other end any more
+            while chunk := os.read(reader, 65536):
+                shown += chunk
+        assert top.stderr is not None
+        assert (top.wait(20), top.stderr.read()) == (0, b"mesh default on this machine\n")
+    os.close(reader)
+    assert b"Success Rate" in shown
+    assert shown.rstrip().endswith((b"\x1b[?1049l", b"\x1b[?25h")), "the terminal is as it was"
+
+
+def test_elsewhere_lines_and_as_json_one_object_at_the_end(tapped: list[str]) -> None:
+    for arguments, check in (
+        ([], lambda text: text.splitlines()[-1].split()[:5] == ["web-1", "emoji-1", "GET", "/a", "1"]),
+        (["-o", "json"], lambda text: json.loads(text)[0]["destination"] == "emoji-1"),
+    ):
+        words = [*tapped, "top", "deploy", "--for", "3s", *arguments]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert (ended.returncode, check(ended.stdout)) == (0, True), ended
