@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -16,7 +18,7 @@ from mantle.core.names import MeshNames
 from mantle.core.optional_names import OptionalNames, Owner
 
 from .apps import http_client, http_server
-from .harness import WEB, Mesh, Pod, wait_for
+from .harness import SRC, WEB, Mesh, Pod, wait_for
 
 pytestmark = [pytest.mark.mesh, pytest.mark.root]
 
@@ -41,9 +43,9 @@ class Authority:
         path.mkdir(exist_ok=True)
         return path
 
-    def distribute(self, name: str) -> None:
+    def distribute(self, name: str, namespace: str = "test") -> None:
         now = datetime.now(UTC)
-        owner = Owner("test", "deployment", name)
+        owner = Owner(namespace, "deployment", name)
         made = tls.issue(self.valid, self.authority, owner, NAMES, now, secrets.token_bytes(16))
         assert isinstance(made, tls.Material)
         for file, content in ((tls.CERTIFICATE, made.chain_pem), (tls.KEY, made.key_pem), (tls.ROOTS, made.bundle)):
@@ -54,6 +56,7 @@ class Authority:
             "IDENTITY_FILES": str(self.secret(name)),
             "IDENTITY_FILES_SUFFIX": NAMES.suffix,
             "IDENTITY_LOCAL_NAME": identity(name),
+            "TAP_SVC_NAME": str(NAMES.identity(NAMES.observer)),
         }
         labels, annotations = {"mantle.dev/tls": "optional"}, {"mantle.dev/tls-owner": f"deployment/{name}"}
         return mesh.pod(name, ports=ports, labels=labels, annotations=annotations, env=env)
@@ -183,3 +186,43 @@ def test_a_pod_on_its_way_to_the_default_mode_accepts_the_listed_identities_unti
         assert served(client), "no request is lost"
     assert requests(web, direction="inbound", tls="true") == 1
     assert requests(client, direction="outbound", no_tls_reason="fail_open") == 1
+
+
+LOOK = """
+import asyncio, sys
+from pathlib import Path
+from mantle.core.model import Key, Owner, Pod
+from mantle.core.names import MeshNames
+from mantle.viz.observer import Observer
+from mantle.viz.proxies import Proxies
+
+async def main():
+    names = MeshNames("mantle", "cluster.local")
+    labels, annotations = {"mantle.dev/tls": "optional"}, {"mantle.dev/tls-owner": "deployment/web"}
+    pod = Pod(Key("test", "web"), "u", sys.argv[2], "web", Owner("Deployment", "web"), labels, annotations)
+    async with Proxies(names, Observer(names, Path(sys.argv[1]))) as proxies:
+        for row in await proxies._clients(pod):
+            print(row.client_id, row.total)
+
+asyncio.run(main())
+"""
+
+
+def test_only_viz_with_its_certificate_of_this_mode_may_look_into_a_proxy_of_it(
+    mesh: Mesh, authority: Authority
+) -> None:
+    authority.distribute("client")
+    authority.distribute("web")
+    authority.distribute("mantle-viz", "mantle")
+    client, web = authority.pod(mesh, "client"), authority.pod(mesh, "web", (8080,))
+    viz = mesh.pod("viz", meshed=False)
+    mesh.service("web", WEB, {80: 8080})
+    mesh.start()
+    environment = {"PYTHONPATH": str(SRC), "PATH": os.environ["PATH"]}
+    with http_server(web.listen(8080)):
+        assert served(client)
+    looked = viz.run(sys.executable, "-c", LOOK, str(authority.secret("mantle-viz")), web.ip, env=environment)
+    assert looked.stdout == f"{identity('client')} 1\n", looked.stderr
+    other = viz.run(sys.executable, "-c", LOOK, str(authority.secret("client")), web.ip, env=environment)
+    assert other.returncode != 0 and other.stdout == ""
+    assert "Unreachable" in other.stderr
