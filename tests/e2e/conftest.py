@@ -32,6 +32,8 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def cluster(bare: Cluster) -> Cluster:
     """Mantle is installed: `mantle install | kubectl apply -f -`, and every component is ready."""
     bare.apply(bare.mantle("install"))
+    if keep():
+        bare.kubectl("rollout", "restart", "deploy", "-n", "mantle")
     bare.rolled_out("mantle", *COMPONENTS)
     return bare
 
@@ -40,6 +42,8 @@ def cluster(bare: Cluster) -> Cluster:
 def emojivoto(cluster: Cluster) -> Cluster:
     """emojivoto in the mesh: `mantle inject emojivoto.yml | kubectl apply -f -`, every pod ready with its proxy."""
     cluster.apply(cluster.mantle("inject", "apps/emojivoto/emojivoto.yml"))
+    if keep():  # images of the same name may be newer than what runs
+        cluster.kubectl("rollout", "restart", "deploy", "-n", "emojivoto")
     cluster.rolled_out("emojivoto")
     meshed(cluster, "emojivoto")
     return cluster

@@ -119,4 +119,4 @@ def test_identity_shows_the_certificate_that_a_pod_serves(emojivoto: Cluster) ->
 
 def test_check_finds_nothing_wrong(emojivoto: Cluster) -> None:
     emojivoto.mantle("check")
-    emojivoto.mantle("check", "--proxy", "-n", "emojivoto")
+    emojivoto.mantle("check", "--proxy")
