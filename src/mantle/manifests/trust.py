@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from mantle.core import ca
 from mantle.core.names import BadName, mesh_names
@@ -20,6 +20,8 @@ from mantle.manifests.render import ISSUER, TRUST_ROOTS, TrustMaterial
 OWN_KEYS, TLS_KEYS = ("crt.pem", "key.pem"), ("tls.crt", "tls.key")
 """The keys of the issuer Secret: as `install` makes it, and of type `kubernetes.io/tls` (cert-manager)."""
 ROOTS_KEY = "ca-bundle.crt"
+BACKDATED = timedelta(minutes=10)
+"""How long before its making fresh trust is valid: a node whose clock is behind can sign at once."""
 TLS_ROOTS_KEY = "ca.crt"
 
 
@@ -209,5 +211,6 @@ def _issuer_of(external: bool, secret: Mapping[str, bytes]) -> tuple[bytes, byte
 def _fresh(values: InstallValues, now: datetime, entropy: Callable[[int], bytes]) -> Decision:
     names = mesh_names(values.control_namespace, values.trust_domain)
     assert not isinstance(names, BadName), "install values are checked"
-    made = ca.make_trust(names, now, (entropy(ca.SERIAL_BYTES), entropy(ca.SERIAL_BYTES)))
+    serials = (entropy(ca.SERIAL_BYTES), entropy(ca.SERIAL_BYTES))
+    made = ca.make_trust(names, now, serials, skew=BACKDATED)
     return Decision(TrustMaterial(made.roots_pem.decode(), made.issuer_pem.decode(), made.issuer_key_pem.decode()))
