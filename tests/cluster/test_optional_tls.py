@@ -109,10 +109,8 @@ def test_a_secret_ends_with_its_deployment(api_server: ApiServer, mesh: Mesh) ->
     eventually(lambda: "gone-deployment" not in api_server.kubectl(*secrets), seconds=SECONDS)
 
 
-def test_a_pod_that_nothing_controls_is_its_own_owner(mesh: Mesh) -> None:
-    """The API server makes up its name before it asks about it."""
-    namespace = mesh.namespace(annotations=WISH)
+def test_a_pod_whose_name_is_not_known_beforehand_is_refused_with_what_to_do(mesh: Mesh) -> None:
+    """Its Secret could not be named."""
     spec = {"containers": [{"name": "app", "image": "acme/app"}]}
-    bare = {"apiVersion": "v1", "kind": "Pod", "metadata": {"generateName": "x-"}, "spec": spec}
-    metadata = mesh.create(namespace, bare)["metadata"]
-    assert metadata["annotations"]["mantle.dev/tls-owner"] == f"pod/{metadata['name']}"
+    bare = {"apiVersion": "v1", "kind": "Pod", "metadata": {"generateName": "x-", "annotations": WISH}, "spec": spec}
+    assert "a pod with a name or a controller" in mesh.refusal(mesh.namespace(), bare)
