@@ -36,6 +36,8 @@ def command(flags: Globals, pod: str, container: str | None, follow: bool, tail:
     path = Path(status["state_dir"]) / "pods" / found["uid"] / "logs" / f"{name}.log"
     if not path.exists() and not follow:
         state = next(c for c in found["containers"] if c["name"] == name)
+        if state["state"] == "running":  # it is silent so far, which is no mistake (kubectl says the same: nothing)
+            return
         raise Failure(
             f"container {name} has not written anything yet ({state['reason'] or state['state']})",
             fix="see `mantle ps`",
