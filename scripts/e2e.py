@@ -19,7 +19,7 @@ def main() -> None:
     # Builds Kubernetes where that was not done yet: 5 to 13 minutes, once (`.ci/run` starts it early).
     subprocess.run([ROOT / "tests/e2e/cluster", "build"], check=True)
     arguments = sys.argv[1:]
-    api = [] if arguments else [python(["-n", "2", "tests/cluster"], "api")]
+    api = [] if arguments else [python(["-n", "2", "--dist", "loadfile", "tests/cluster"], "api")]
     summary([*api, python(["tests/e2e", *arguments], "cluster")])
 
 

@@ -1,7 +1,7 @@
 """A real API server for tests that need no running pod: etcd, kube-apiserver and controller-manager on loopback.
 
-One for each test session (and xdist worker), 3-4 seconds, any user, nothing left behind. `make e2e` runs these tests;
-the tool that starts the cluster is tests/e2e/cluster.
+One for each file of tests, as files leave different control planes behind: 3-4 seconds, any user, nothing left behind.
+`make e2e` runs these tests; the tool that starts the cluster is tests/e2e/cluster.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ import pytest
 from .apiserver import ApiServer, running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def api_server() -> Iterator[ApiServer]:
-    """The API server; ends with the session, also when tests failed."""
+    """The API server; ends with the file, also when tests failed."""
     with running() as server:
         yield server
 
