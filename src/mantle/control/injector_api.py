@@ -49,7 +49,7 @@ class Api:
             path = f"/api/v1/namespaces/{namespace}/pods"
             response = await self._client.http.get(path, params=query, headers={"Accept": METADATA_ONLY})
             response.raise_for_status()
-            return list(response.json()["items"])
+            return list(response.json()["items"] or ())  # an empty list of metadata is null
 
     async def config_map(self, name: str) -> dict[str, str]:
         async with doing(f"get ConfigMap {self._namespace}/{name}"):
