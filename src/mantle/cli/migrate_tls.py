@@ -63,7 +63,7 @@ def command(flags: Globals, timeout: str, control_namespace: str, dry_run: bool)
         for owner in plan.move:
             body = tls_migration.patch(owner, tls_migration.stated(roots, until))
             _change(client, tls_migration.PATHS[owner.kind].format(owner.namespace, owner.name), body)
-        left = _wait(client, [owner for owner in plan.move if owner.kind in tls_migration.ROLLS], until)
+        left = _wait(client, namespace, [owner for owner in plan.move if owner.kind in tls_migration.ROLLS], until)
     if left:
         raise Failure.of([Problem(f"{owner} was not moved in time: {why}", fix) for owner, why, fix in left])
     write("moved: every workload is of the default mode\n")
@@ -90,17 +90,22 @@ def _accepting(client: KubeClient, plan: Plan, roots: bytes, control_namespace: 
             raise Failure.of(problems)
 
 
-def _wait(client: KubeClient, owners: Sequence[Owner], until: datetime) -> list[tuple[Owner, str, str]]:
-    """Until each has only new pods. Those that have not, why, and what to do."""
-    from mantle.core.tls_migration import PATHS, stuck, unfinished
+def _wait(
+    client: KubeClient, namespace: str | None, owners: Sequence[Owner], until: datetime
+) -> list[tuple[Owner, str, str]]:
+    """Until each has only new pods, and the old ones, which go on speaking while they end, are gone. Those that have
+    not, why, and what to do.
+    """
+    from mantle.core.tls_migration import PATHS, owners_of, stuck, unfinished
 
     waiting = dict.fromkeys(owners, "")
     fix = "`kubectl rollout status` shows more; run the command again"
     while waiting:
         left = []
+        ending = owners_of(_pods(client, namespace))
         for owner in list(waiting):
             workload = client.get(PATHS[owner.kind].format(owner.namespace, owner.name))
-            why = unfinished(owner, workload)
+            why = unfinished(owner, workload) or ("its last old pods are ending" if owner in ending else "")
             if not why:
                 write(f"{owner} is moved\n")
                 del waiting[owner]

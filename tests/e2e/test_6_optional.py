@@ -1,0 +1,92 @@
+"""The experimental mode on a real cluster, as its page says it: install, inject, look, and move on without a gap."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+from e2e.stage import EMOJIVOTO, Cluster, until
+
+NAMESPACE = "optional"
+WORKLOADS = ("emoji", "voting", "web", "vote-bot")
+
+
+@pytest.fixture(scope="module")
+def weak(cluster: Cluster) -> Iterator[Cluster]:
+    """A mesh with the mode, and emojivoto in it; afterwards neither is there."""
+    cluster.apply(cluster.mantle("upgrade", "--tls=optional"))
+    cluster.rolled_out("mantle")
+    text = re.sub(
+        r"(namespace: |-svc\.|(?<=kind: Namespace\nmetadata:\n  )name: )emojivoto\b", rf"\1{NAMESPACE}", EMOJIVOTO
+    )
+    try:
+        cluster.apply(cluster.mantle("inject", "--tls=optional", "-", given=text))
+        cluster.rolled_out(NAMESPACE)
+        yield cluster
+    finally:
+        cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", timeout=180)
+        cluster.apply(cluster.mantle("upgrade", "--tls=required"))
+        gone = ["deployment/mantle-ca", "serviceaccount/mantle-ca", "role/mantle-ca", "rolebinding/mantle-ca"]
+        cluster.kubectl("-n", "mantle", "delete", "--ignore-not-found", *gone, "secret/mantle-ca")
+        cluster.kubectl("-n", "mantle", "delete", "--ignore-not-found", "secret/mantle-viz-deployment-tls-mantle")
+        cluster.kubectl("delete", "--ignore-not-found", "clusterrole/mantle-ca", "clusterrolebinding/mantle-ca")
+        cluster.rolled_out("mantle")
+
+
+def tls_column(cluster: Cluster) -> dict[str, str]:
+    """`stat authority`: the last column, by name."""
+    lines = cluster.mantle("stat", "authority", "-n", NAMESPACE).splitlines()
+    assert lines and lines[0].split()[-1] == "TLS", lines
+    return {line.split()[0]: line.split()[-1] for line in lines[1:]}
+
+
+def test_the_ca_makes_one_secret_an_owner(weak: Cluster) -> None:
+    def secrets() -> bool:
+        found = weak.get("secrets", "-n", NAMESPACE, "-l", "mantle.dev/tls=optional")["items"]
+        return {item["metadata"]["name"] for item in found} == {f"{w}-deployment-tls-mantle" for w in WORKLOADS}
+
+    until(secrets, "a Secret for each owner")
+    (web,) = [s for s in weak.get("secrets", "-n", NAMESPACE)["items"] if s["metadata"]["name"].startswith("web-")]
+    assert web["metadata"]["ownerReferences"][0]["kind"] == "Deployment"
+
+
+def test_stat_shows_that_all_of_it_is_tls(weak: Cluster) -> None:
+    """The seed's own command. Kubelets bring a Secret that came after its pod within two minutes."""
+
+    def all_tls() -> bool:
+        columns = tls_column(weak)
+        wanted = {f"{s}.{NAMESPACE}:{p}" for s, p in (("emoji-svc", 8080), ("voting-svc", 8080), ("web-svc", 80))}
+        return wanted <= set(columns) and all(columns[name] == "100%" for name in wanted)
+
+    until(all_tls, "100% TLS for each service", seconds=240)
+
+
+def test_tap_sees_it(weak: Cluster) -> None:
+    def tapped() -> bool:
+        said = weak.run("timeout", "10", "mantle", "tap", "deploy/web", "-n", NAMESPACE, code=None)
+        return any(line.startswith("req ") and "tls=true" in line for line in said.splitlines())
+
+    until(tapped, "a request with tls=true", seconds=60)
+
+
+def test_check_says_that_it_is_weaker(weak: Cluster) -> None:
+    done = json.loads(weak.mantle("check", "--proxy", "-o", "json", code=None))
+    found = {c["id"]: c for category in done["categories"] for c in category["checks"]}
+    assert found["install-optional"]["result"] == found["optional-pods"]["result"] == "warning"
+    assert found["proxy-ready"]["result"] == "success"
+
+
+def test_one_command_moves_all_of_it_to_the_default_mode(weak: Cluster) -> None:
+    """The command itself waits for each rolling update; what it made to bridge the two modes is gone afterwards."""
+    said = weak.mantle("migrate-tls", "-n", NAMESPACE, timeout=300)
+    assert "moved: every workload is of the default mode" in said
+    assert weak.get("configmaps", "-n", NAMESPACE, "-l", "mantle.dev/tls=migration")["items"] == []
+    assert weak.get("pods", "-n", NAMESPACE, "-l", "mantle.dev/tls=optional")["items"] == []
+
+    def all_tls() -> bool:
+        columns = tls_column(weak)
+        return bool(columns) and all(tls == "100%" for tls in columns.values())
+
+    until(all_tls, "100% TLS in the default mode", seconds=120)
