@@ -9,26 +9,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from manifest_play import WEB
 from ruamel.yaml import YAML
 
 from mantle.cli.inject import command
 from mantle.cli.main import Globals
-
-WEB = """\
-# the shop's front
-apiVersion: apps/v1
-kind: Deployment
-metadata:
-  name: web   # keep me
-spec:
-  template:
-    metadata:
-      labels: {app: web}
-    spec:
-      containers:
-      - image: 'acme/web:1.4'
-        name: web
-"""
 
 
 def inject(stdin: str, *arguments: str, flags: Globals | None = None) -> Result:

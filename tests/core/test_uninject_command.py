@@ -5,27 +5,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from manifest_play import WEB
 from ruamel.yaml import YAML
 
 from mantle.cli.inject import command as inject_command
 from mantle.cli.main import Globals
 from mantle.cli.uninject import command as uninject_command
 
-WEB = """\
-# the shop's front
-apiVersion: apps/v1
-kind: Deployment
-metadata:
-  name: web   # keep me
-spec:
-  template:
-    metadata:
-      labels: {app: web}
-    spec:
-      containers:
-      - image: 'acme/web:1.4'
-        name: web
-"""
 POD = "spec: {containers:   [ {name: a, ports: [{containerPort: 80}]} ]}   # odd, and kept\n"
 
 

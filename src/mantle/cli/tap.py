@@ -6,20 +6,13 @@ too, so that a line always has the fields it seems to have.
 
 from __future__ import annotations
 
-import sys
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-import click
-
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import escape, json_line, write
-from mantle.cli.resource import Resource, checked_selector, parse
-from mantle.cli.target import namespace_of
-from mantle.cli.target import target as target_of
-from mantle.core.views import TAPPED
-
-KINDS = TAPPED
+from mantle.cli.tapped import tapped, which_requests
 
 GRPC_CODES = (
     "OK", "Canceled", "Unknown", "InvalidArgument", "DeadlineExceeded", "NotFound", "AlreadyExists",
@@ -30,25 +23,13 @@ GRPC_CODES = (
 
 
 @mesh_command()
-@click.argument("resource", nargs=-1, required=True, metavar="KIND[/NAME]")
-@click.option("--to", metavar="KIND/NAME", help="Only requests to this resource.")
-@click.option("--to-namespace", metavar="NAME", help="Namespace of --to (default: that of the resource).")
-@click.option("--method", default="", help="Only requests with this method.")
-@click.option("--path", default="", help="Only requests whose path starts so.")
-@click.option("--authority", default="", help="Only requests to this authority.")
-@click.option("--scheme", default="", help="Only requests with this scheme.")
-@click.option("--max-rps", type=click.FloatRange(0, min_open=True), default=100.0, show_default=True,
-              help="At most so many requests a second, over all pods.")  # fmt: skip
+@which_requests
 def command(
     flags: Globals,
     resource: tuple[str, ...],
     to: str | None,
     to_namespace: str | None,
-    method: str,
-    path: str,
-    authority: str,
-    scheme: str,
-    max_rps: float,
+    **filters: Any,
 ) -> None:
     """Watch requests as they happen, with their TLS state.
 
@@ -58,47 +39,10 @@ def command(
     mantle tap po/web-6f5d-x2x7q --path /api    one pod, one part of its paths
     """
     output = flags.output_of("table", "wide", "json")
-    target = parse(resource, KINDS)
-    selector = checked_selector(flags)
-    refuse_name_everywhere(flags, target)
-    mesh = target_of(flags, json=output == "json")
-    namespace = flags.namespace or mesh.default_namespace
-    body = {
-        "to": to_object(to, to_namespace, namespace),
-        "method": method,
-        "path": path,
-        "authority": authority,
-        "scheme": scheme,
-        "max_rps": max_rps,
-        "headers": output == "json",
-        **({"selector": selector} if selector else {}),
-    }
-    try:
-        for event in mesh.views.tap(_object(target, namespace_of(flags, mesh) or ""), body):
-            if notice := event.get("notice"):
-                sys.stderr.write(f"warning: {escape(notice['pod'])}: {escape(notice['message'])}\n")
-            else:
-                write(json_line(event) if output == "json" else line_of(event, wide=output == "wide") + "\n")
-    except KeyboardInterrupt:
-        return
-
-
-def refuse_name_everywhere(flags: Globals, target: Resource) -> None:
-    """As in kubectl: one name is not looked for in all namespaces. Raises a usage error."""
-    if flags.all_namespaces and target.name:
-        raise click.UsageError(f"a resource cannot be named across all namespaces: leave out {target.name}, or -A")
-
-
-def to_object(to: str | None, to_namespace: str | None, namespace: str) -> dict[str, str] | None:
-    """What `--to` and `--to-namespace` mean to viz; None: neither was given."""
-    if to is None and to_namespace is None:
-        return None
-    namespace = to_namespace or namespace
-    return _object(Resource("namespace", namespace) if to is None else parse([to], KINDS), namespace)
-
-
-def _object(resource: Resource, namespace: str) -> dict[str, str]:
-    return {"kind": resource.kind, "name": resource.name, "namespace": namespace}
+    asked = {**filters, "headers": output == "json"}
+    with contextlib.suppress(KeyboardInterrupt):  # how it ends
+        for event in tapped(flags, resource, to, to_namespace, asked, json=output == "json"):
+            write(json_line(event) if output == "json" else line_of(event, wide=output == "wide") + "\n")
 
 
 def line_of(event: Mapping[str, Any], *, wide: bool = False) -> str:

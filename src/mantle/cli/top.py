@@ -18,27 +18,15 @@ import click
 from mantle.cli.duration import seconds_of
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import escape, json_text, left_table, write
-from mantle.cli.resource import checked_selector, parse
-from mantle.cli.tap import refuse_name_everywhere, to_object
-from mantle.cli.target import namespace_of
-from mantle.cli.target import target as target_of
+from mantle.cli.tapped import tapped, which_requests
 from mantle.cli.top_table import Top
-from mantle.core.views import TAPPED
 
 REDRAW_SECONDS = 0.1
 LINES_SECONDS = 1.0
 
 
 @mesh_command()
-@click.argument("resource", nargs=-1, required=True, metavar="KIND[/NAME]")
-@click.option("--to", metavar="KIND/NAME", help="Only requests to this resource.")
-@click.option("--to-namespace", metavar="NAME", help="Namespace of --to (default: that of the resource).")
-@click.option("--method", default="", help="Only requests with this method.")
-@click.option("--path", default="", help="Only requests whose path starts so.")
-@click.option("--authority", default="", help="Only requests to this authority.")
-@click.option("--scheme", default="", help="Only requests with this scheme.")
-@click.option("--max-rps", type=click.FloatRange(0, min_open=True), default=100.0, show_default=True,
-              help="At most so many requests a second, over all pods.")  # fmt: skip
+@which_requests
 @click.option("--hide-sources", is_flag=True, help="Do not tell clients apart.")
 @click.option("--for", "span", metavar="DURATION", help="End by itself after so long, for example 20s.")
 def command(
@@ -57,14 +45,8 @@ def command(
     mantle top deploy/web --to deploy/emoji --hide-sources
     """
     output = flags.output_of("table", "json")
-    target, selector = parse(resource, TAPPED), checked_selector(flags)
     seconds = seconds_of(span) if span is not None else None
-    refuse_name_everywhere(flags, target)
-    mesh = target_of(flags, json=output == "json")
-    namespace = flags.namespace or mesh.default_namespace
-    body = {**filters, "to": to_object(to, to_namespace, namespace)} | ({"selector": selector} if selector else {})
-    where = namespace_of(flags, mesh) or ""
-    events = mesh.views.tap({"kind": target.kind, "name": target.name, "namespace": where}, body)
+    events = tapped(flags, resource, to, to_namespace, filters, json=output == "json")
     top = Top(hide_sources)
     with _time_limit(seconds):
         if output == "json":
@@ -100,11 +82,9 @@ class _time_limit:
 
 
 def _counted(events: Iterator[Mapping[str, Any]], top: Top) -> Iterator[None]:
-    """Once for each event that changed a row; notices go to standard error."""
+    """Once for each event that changed a row."""
     for event in events:
-        if notice := event.get("notice"):
-            sys.stderr.write(f"warning: {escape(notice['pod'])}: {escape(notice['message'])}\n")
-        elif top.add(event):
+        if top.add(event):
             yield
 
 

@@ -71,34 +71,51 @@ class Wish:
     """Render the sidecar with these values instead of asking for it by annotation."""
 
 
-def inject_object(
-    obj: Any, wish: Wish, namespaces: Mapping[str, Mapping[str, Any]], path: tuple[str | int, ...] = ()
-) -> Iterator[Report]:
-    """Annotates or injects one object, each item of a `List` by itself.
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One object of a document."""
 
-    `namespaces`: Namespace objects by name. `path`: where `obj` is in its document.
-    """
+    obj: MutableMapping[str, Any]
+    kind: str
+    name: str
+    path: tuple[str | int, ...]
+    """Where it is in its document."""
+
+
+def _items(obj: Any, path: tuple[str | int, ...] = ()) -> Iterator[_Item | None]:
+    """The object, or each item of a `List`; None for what is no Kubernetes object."""
     if not isinstance(obj, MutableMapping) or not obj.get("kind"):
-        yield Report("", "", Verdict.SKIPPED)
+        yield None
         return
     kind = str(obj["kind"])
     if kind.endswith("List") and isinstance(obj.get("items"), list):
         for index, item in enumerate(obj["items"]):
-            yield from inject_object(item, wish, namespaces, (*path, "items", index))
+            yield from _items(item, (*path, "items", index))
         return
-    name = str((obj.get("metadata") or {}).get("name") or (obj.get("metadata") or {}).get("generateName") or "")
-    if kind == "Namespace" and wish.manual is None:
+    metadata = obj.get("metadata") or {}
+    yield _Item(obj, kind, str(metadata.get("name") or metadata.get("generateName") or ""), path)
+
+
+NO_OBJECT = Report("", "", Verdict.SKIPPED)
+
+
+def inject_object(obj: Any, wish: Wish, namespaces: Mapping[str, Mapping[str, Any]]) -> Iterator[Report]:
+    """Annotates or injects one object, each item of a `List` by itself. `namespaces`: Namespace objects by name."""
+    for item in _items(obj):
+        yield NO_OBJECT if item is None else _inject(item, wish, namespaces)
+
+
+def _inject(item: _Item, wish: Wish, namespaces: Mapping[str, Mapping[str, Any]]) -> Report:
+    if item.kind == "Namespace" and wish.manual is None:
         written = {INJECT: wish.inject, **_prefixed(wish.settings)}
-        _annotate(obj, written)
-        yield Report("namespace", name, Verdict.ANNOTATED, path=path, annotations=written)
-    elif kind == "Service" and "opaque-ports" in wish.settings:
+    elif item.kind == "Service" and "opaque-ports" in wish.settings:
         written = {PREFIX + "opaque-ports": wish.settings["opaque-ports"]}
-        _annotate(obj, written)
-        yield Report("service", name, Verdict.ANNOTATED, path=path, annotations=written)
-    elif kind in TEMPLATE_PATHS:
-        yield _inject_workload(obj, kind, name, wish, namespaces, path)
+    elif item.kind in TEMPLATE_PATHS:
+        return _inject_workload(item.obj, item.kind, item.name, wish, namespaces, item.path)
     else:
-        yield Report(kind.lower(), name, Verdict.SKIPPED)
+        return Report(item.kind.lower(), item.name, Verdict.SKIPPED)
+    _annotate(item.obj, written)
+    return Report(item.kind.lower(), item.name, Verdict.ANNOTATED, path=item.path, annotations=written)
 
 
 def _inject_workload(
@@ -156,30 +173,26 @@ def _wrong_annotations(template: Mapping[str, Any], kind: str, name: str, own: M
     return None
 
 
-def uninject_object(obj: Any, path: tuple[str | int, ...] = ()) -> Iterator[Report]:
+def uninject_object(obj: Any) -> Iterator[Report]:
     """Takes one object out of the mesh again, each item of a `List` by itself: the inverse of `inject_object`.
 
     What was rendered goes, and so does what asks for injection: `mantle.dev/inject` (but not `disabled`) and the
     settings below it, since that is where injection writes them; settings above it were there before.
     """
-    if not isinstance(obj, MutableMapping) or not obj.get("kind"):
-        yield Report("", "", Verdict.SKIPPED)
-        return
-    kind = str(obj["kind"])
-    if kind.endswith("List") and isinstance(obj.get("items"), list):
-        for index, item in enumerate(obj["items"]):
-            yield from uninject_object(item, (*path, "items", index))
-        return
-    name = str((obj.get("metadata") or {}).get("name") or (obj.get("metadata") or {}).get("generateName") or "")
-    holder: Any = obj
+    for item in _items(obj):
+        yield NO_OBJECT if item is None else _uninject(item)
+
+
+def _uninject(item: _Item) -> Report:
+    kind, name = item.kind, item.name
+    holder: Any = item.obj
     steps = TEMPLATE_PATHS.get(kind, ())
     for step in steps:
         holder = holder.get(step) if isinstance(holder, Mapping) else None
     known = kind in TEMPLATE_PATHS or kind in ("Namespace", "Service")
     metadata = holder.get("metadata") if isinstance(holder, MutableMapping) else None
     if not known or not isinstance(metadata, MutableMapping) or LABEL_COMPONENT in (metadata.get("labels") or {}):
-        yield Report(kind.lower(), name, Verdict.SKIPPED)
-        return
+        return Report(kind.lower(), name, Verdict.SKIPPED)
     rendered = False
     if isinstance(holder.get("spec"), Mapping) and kind in TEMPLATE_PATHS:
         plain = uninject_pod(holder)
@@ -195,10 +208,9 @@ def uninject_object(obj: Any, path: tuple[str | int, ...] = ()) -> Iterator[Repo
     if (gone or rendered) and not metadata:
         del holder["metadata"]
     if not gone and not rendered:
-        yield Report(kind.lower(), name, Verdict.SKIPPED)
-        return
-    at = (*path, *steps)
-    yield Report(kind.lower(), name, Verdict.UNINJECTED, path=at, removed=() if rendered else gone)
+        return Report(kind.lower(), name, Verdict.SKIPPED)
+    at = (*item.path, *steps)
+    return Report(kind.lower(), name, Verdict.UNINJECTED, path=at, removed=() if rendered else gone)
 
 
 def _asking(annotations: Mapping[str, str], kind: str) -> Iterator[str]:
