@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from mantle.cli import check, checks
 from mantle.cli.checks import Finding, Result, Validity
 
+HEADINGS = frozenset(re.findall(r"(?m)^### ([a-z-]+)$", (Path(__file__).parents[2] / "docs" / "check.md").read_text()))
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 DAY = timedelta(days=1)
 PARTS = ("mantle-identity", "mantle-destination", "mantle-viz")
@@ -41,7 +44,9 @@ def valid(name: str = "issuer CN=x", start: timedelta = -DAY, end: timedelta = 3
 
 
 def problems(findings: Sequence[Finding]) -> dict[str, tuple[str, str]]:
-    """What is not good, by description: (result, reason). Every problem must come with a fix."""
+    """What is not good, by description: (result, reason). Every finding has its own paragraph, every problem a fix."""
+    ids = [finding.id for finding in findings]
+    assert set(ids) <= HEADINGS and len(ids) == len(set(ids)), ids
     bad = [finding for finding in findings if finding.result is not Result.GOOD]
     assert all(finding.reason and finding.fix for finding in bad)
     return {finding.description: (str(finding.result), finding.reason) for finding in bad}

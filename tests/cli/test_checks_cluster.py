@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mantle.cli import check, check_cluster, checks_cluster, checks_pods
+from mantle.cli import check, check_cluster, checks, checks_cluster, checks_pods
 from mantle.cli.checks import Finding, Result, Validity
 from mantle.cli.checks_cluster import Api, Mesh, Trust, Wish
 from mantle.cli.checks_objects import Unread
@@ -370,7 +370,7 @@ def test_the_annotation_of_the_roots_is_what_injection_writes() -> None:
 
 
 def test_the_page_has_paragraphs_of_findings_only() -> None:
-    source = "".join(Path(module.__file__).read_text() for module in (checks_cluster, checks_pods))
+    source = "".join(Path(module.__file__).read_text() for module in (checks, checks_cluster, checks_pods))
     served = {f"{server}-{what}" for server in check_cluster.SERVERS for what in ("certificate", "renewal", "bundle")}
     lifetimes = {f"{what}-{when}" for what in ("trust-roots", "issuer") for when in ("valid", "soon")}
     assert {heading for heading in HEADINGS if f'"{heading}"' not in source} == served | lifetimes

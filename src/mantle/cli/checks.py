@@ -65,16 +65,18 @@ def machine(
     """Can a mesh run here? `blocked`: (message, fix, fatal) of obstacles; `proxy`: why there is no mantle-proxy, if so;
     `outside`: pasta or slirp4netns is there; `firewall`: the host's chains that drop what it forwards.
     """
+    allows = "this machine allows namespaces and nf_tables"
     obstacles = [
-        Finding("this machine allows namespaces and nf_tables", Result.ERROR if fatal else Result.WARNING, message, fix)
+        Finding(allows, Result.ERROR if fatal else Result.WARNING, message, fix, "machine-namespaces")
         for message, fix, fatal in blocked
     ]
-    findings = obstacles or [Finding("this machine allows namespaces and nf_tables")]
+    findings = obstacles or [Finding(allows, id="machine-namespaces")]
     findings.append(
         good_unless(
             "mantle-proxy is installed",
             [proxy] if proxy else [],
             "pip install mantle-proxy (in a checkout: make install), or correct MANTLE_PROXY_PATH",
+            id="machine-proxy",
         )
     )
     if rootless:
@@ -84,6 +86,7 @@ def machine(
                 [] if outside else ["neither pasta nor slirp4netns is installed"],
                 "install passt (or slirp4netns), or run mantle with sudo; the mesh itself works without",
                 Result.WARNING,
+                "machine-outside",
             )
         )
     else:
@@ -94,6 +97,7 @@ def machine(
                 "`iptables -I FORWARD -i mantle+ -j ACCEPT` and `iptables -I FORWARD -o mantle+ -m conntrack --ctstate "
                 "RELATED,ESTABLISHED -j ACCEPT`, or the same in your firewall; the mesh itself works without",
                 Result.WARNING,
+                "machine-firewall",
             )
         )
     return findings
@@ -118,19 +122,36 @@ def mesh(
         f"{part} is {_state(pods.get(part))}" for part in CONTROL_PLANE if not (pods.get(part) or {}).get("ready")
     ]
     findings = [
-        Finding(f"the daemon of mesh {name} answers"),
-        good_unless("the node process runs", [] if node_alive else [f"process {status['node_pid']} is gone"], again),
+        Finding(f"the daemon of mesh {name} answers", id="mesh-daemon"),
+        good_unless(
+            "the node process runs",
+            [] if node_alive else [f"process {status['node_pid']} is gone"],
+            again,
+            id="mesh-node",
+        ),
         good_unless(
             "mesh and command are of one version",
             [] if version == client_version else [f"the mesh is {version}, the command {client_version}"],
             again,
             Result.WARNING,
+            "mesh-version",
         ),
-        good_unless("the control plane is ready", not_ready, "`mantle ps -n mantle` and `mantle logs -n mantle POD`"),
+        good_unless(
+            "the control plane is ready",
+            not_ready,
+            "`mantle ps -n mantle` and `mantle logs -n mantle POD`",
+            id="mesh-control-plane",
+        ),
     ]
     if issuer is None or not roots:
         findings.append(
-            Finding("certificates of the mesh can be read", Result.ERROR, "issuer or trust roots are missing", again)
+            Finding(
+                "certificates of the mesh can be read",
+                Result.ERROR,
+                "issuer or trust roots are missing",
+                again,
+                "mesh-certificates",
+            )
         )
         return findings
     known = [*roots, issuer]
@@ -139,22 +160,26 @@ def mesh(
             "the clock is not behind the certificates",
             [f"{v.name} is valid from {_time(v.not_before)}, now is {_time(now)}" for v in known if now < v.not_before],
             "set the clock; a clock that went back makes certificates invalid",
+            id="mesh-clock",
         ),
         good_unless(
             "trust roots and issuer are valid",
             [f"{v.name} expired on {_time(v.not_after)}" for v in known if now >= v.not_after],
             again,
+            id="mesh-trust-valid",
         ),
         good_unless(
             "trust roots and issuer are valid for at least 60 days",
             [f"{v.name} will expire on {_time(v.not_after)}" for v in known if now < v.not_after <= now + SOON],
             f"{again} before that day: it makes new ones",
             Result.WARNING,
+            "mesh-trust-soon",
         ),
         good_unless(
             "the issuer is signed by a trust root",
             [] if issuer_signed else [f"no trust root signed {issuer.name}"],
             again,
+            id="mesh-issuer-chain",
         ),
     ]
     return findings
@@ -196,11 +221,12 @@ def data_plane(
             outside,
             "remove `mantle.dev/inject: disabled` and apply again, if that is not meant",
             Result.WARNING,
+            "workloads-meshed",
         ),
-        good_unless("every proxy is ready", unready, logs),
-        good_unless("every proxy has a certificate", unknown, logs),
-        good_unless("every certificate is valid", expired, logs),
-        good_unless("every certificate is renewed in time", late, logs, Result.WARNING),
+        good_unless("every proxy is ready", unready, logs, id="proxy-ready"),
+        good_unless("every proxy has a certificate", unknown, logs, id="leaf-there"),
+        good_unless("every certificate is valid", expired, logs, id="leaf-valid"),
+        good_unless("every certificate is renewed in time", late, logs, Result.WARNING, "leaf-renewal"),
         *_traffic(pods, summary),
     ]
 
@@ -214,6 +240,7 @@ def _traffic(pods: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | Non
                 Result.ERROR,
                 "viz does not answer, so nothing is known of the traffic",
                 "`mantle logs -n mantle deploy/mantle-viz`",
+                "traffic-known",
             )
         ]
     age = summary["scrape_age_seconds"]
@@ -234,18 +261,23 @@ def _traffic(pods: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | Non
         )
     return [
         good_unless(
-            "every proxy tells viz its metrics", [*stale, *failing], "`mantle logs -n mantle deploy/mantle-viz`"
+            "every proxy tells viz its metrics",
+            [*stale, *failing],
+            "`mantle logs -n mantle deploy/mantle-viz`",
+            id="traffic-known",
         ),
         good_unless(
             "all traffic between meshed workloads is encrypted",
             broken,
             "`mantle edges deploy -A -o wide` shows each; `mantle logs -c mantle-proxy POD` of the client says more",
+            id="traffic-encrypted",
         ),
         good_unless(
             "no traffic leaves or enters the mesh in plaintext",
             plain,
             "put the other end into the mesh, if it should be",
             Result.WARNING,
+            "traffic-plaintext",
         ),
     ]
 
