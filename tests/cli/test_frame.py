@@ -77,6 +77,11 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         (["stat", "deploy", "-t", "14s"], 2, "metrics time window needs to be at least 15s"),
         (["stat", "deploy", "--to", "po", "--from", "po"], 2, "exclude each other"),
         (["tap", "deploy", "--max-rps", "0"], 2, "0"),
+        (["migrate-tls", "-l", "app=web"], 2, "--selector is not possible here"),
+        (["-A", "version"], 2, "--all-namespaces is not possible here"),
+        (["inject", "-A", "app.yml"], 2, "--all-namespaces is not possible here"),
+        (["-l", "app=web", "uninject", "app.yml"], 2, "--selector is not possible here"),
+        (["check", "-l", "app=web"], 2, "--selector is not possible here"),
     ],
 )
 def test_exit_codes_and_messages(words: list[str], code: int, said: str) -> None:

@@ -35,7 +35,7 @@ MARKS = {Result.GOOD: "√", Result.WARNING: "‼", Result.ERROR: "×"}
 Category = tuple[str, Sequence[Finding]]
 
 
-@mesh_command()
+@mesh_command(selects="A")
 @click.option("--pre", is_flag=True, help="On a cluster: can Mantle be installed?")
 @click.option("--proxy", "proxies", is_flag=True, help="On a cluster: every proxy too, and its traffic.")
 @click.option("--wait", metavar="DURATION", default="0s", help="On a cluster: how long a fresh installation may take.")

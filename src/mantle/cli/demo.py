@@ -44,7 +44,6 @@ def command(flags: Globals, duration: str | None, port: int) -> int:
     played on a cluster that has Mantle.
     """
     output = flags.output_of("table", "json")
-    flags.refuse_selection()
     seconds = seconds_of(duration) if duration is not None else None
     if flags.cluster_flags:
         from mantle.cli.demo_cluster import stage_of

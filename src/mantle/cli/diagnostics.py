@@ -30,7 +30,6 @@ def endpoints(flags: Globals, authorities: tuple[str, ...]) -> None:
     mantle diagnostics endpoints web-svc.emojivoto:80 emoji-svc.emojivoto.svc.cluster.local:8080
     """
     output = flags.output_of("table", "wide", "json")
-    flags.refuse_selection()
     named = [(authority, _namespace(authority)) for authority in authorities]
     mesh = target(flags, json=output == "json")
     found: list[Any] = []
@@ -73,7 +72,7 @@ def _endpoint(row: Mapping[str, Any], wide: bool) -> list[str]:
     return cells
 
 
-@mesh_command("policy")
+@mesh_command("policy", selects="Al")
 @click.argument("resource", nargs=-1, required=True, metavar="KIND/NAME PORT")
 def policy(flags: Globals, resource: tuple[str, ...]) -> None:
     """Who may connect to a port, or how clients reach a service, as the control plane tells proxies.
@@ -104,7 +103,7 @@ def policy(flags: Globals, resource: tuple[str, ...]) -> None:
     write(escape(text.getvalue(), keep="\n"))
 
 
-@mesh_command("proxy-metrics")
+@mesh_command("proxy-metrics", selects="Al")
 @click.argument("resource", nargs=-1, required=True, metavar="KIND[/NAME]")
 def proxy_metrics(flags: Globals, resource: tuple[str, ...]) -> None:
     """What the proxies of pods measure, as Prometheus reads it."""

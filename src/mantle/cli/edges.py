@@ -18,7 +18,7 @@ KINDS = (*WORKLOADS, "namespace", "pod")
 SECURED = "secured"
 
 
-@mesh_command()
+@mesh_command(selects="Al")
 @click.argument("kind", nargs=-1, required=True, metavar="KIND")
 @click.option("-t", "--time-window", default="5m", show_default=True, help="How far back, from 15s to 15m.")
 def command(flags: Globals, kind: tuple[str, ...], time_window: str) -> None:

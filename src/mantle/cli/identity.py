@@ -21,7 +21,7 @@ from mantle.core.views import WORKLOADS
 KINDS = (*WORKLOADS, "namespace", "pod")
 
 
-@mesh_command()
+@mesh_command(selects="Al")
 @click.argument("resource", nargs=-1, metavar="POD|KIND[/NAME]")
 @click.option("--pem", is_flag=True, help="Only the certificates, in PEM.")
 def command(flags: Globals, resource: tuple[str, ...], pem: bool) -> None:

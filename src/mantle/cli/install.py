@@ -43,7 +43,6 @@ def command(
 
     With a cluster (the kubeconfig's, or --context) its trust root is kept, and what stands in the way is said.
     """
-    flags.refuse_selection()
     output = flags.output_of("yaml", "json")
     given, values = read_all({}, files, sets, named, flags.namespace)
     if helm_chart is not None:

@@ -75,10 +75,13 @@ class Globals:
         given = {"--context": self.context, "--kubeconfig": self.kubeconfig, "--as": self.as_user}
         return (*(name for name, value in given.items() if value is not None), *(["--as-group"] * bool(self.as_groups)))
 
-    def refuse_selection(self) -> None:
-        """For commands that name what they mean one by one. Raises a usage error for `-A` and `-l`."""
-        for given, name in ((self.all_namespaces, "--all-namespaces"), (self.selector is not None, "--selector")):
-            if given:
+    def refuse_selection(self, but: str = "") -> None:
+        """Raises a usage error for `-A` and `-l`, unless `but` has its letter: a flag that would be passed over in
+        silence means more than was asked for.
+        """
+        flags = ("A", self.all_namespaces, "--all-namespaces"), ("l", self.selector is not None, "--selector")
+        for letter, given, name in flags:
+            if given and letter not in but:
                 raise click.UsageError(f"{name} is not possible here")
 
     def output_of(self, *allowed: str) -> str:
@@ -91,15 +94,17 @@ class Globals:
 
 
 def mesh_command(
-    name: str | None = None, *, on_a_cluster: str = "", **attrs: Any
+    name: str | None = None, *, on_a_cluster: str = "", selects: str = "", **attrs: Any
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """Makes a command of `mantle` from a function `(globals, …)`; `attrs` are those of `click.command`.
 
-    `on_a_cluster`: the command is for this machine only, and this is what does the same on a cluster.
+    `on_a_cluster`: the command is for this machine only, and this is what does the same on a cluster. `selects`: which
+    of `-A` and `-l` it takes (`A`, `l` or `Al`); the others are refused.
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         def run(flags: Globals, *args: Any, **kwargs: Any) -> Any:
+            flags.refuse_selection(selects)
             if on_a_cluster and flags.cluster_flags:
                 raise click.UsageError(
                     f"{flags.cluster_flags[0]}: this command is for a mesh on this machine; "

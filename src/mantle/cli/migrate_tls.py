@@ -29,7 +29,7 @@ STEP_SECONDS = 1.0
 SELECTOR = "mantle.dev/tls=optional"
 
 
-@mesh_command("migrate-tls")
+@mesh_command("migrate-tls", selects="A")
 @click.option("--timeout", metavar="DURATION", default="30m", help="How long it may take; nothing is accepted longer.")
 @click.option("--control-namespace", metavar="NAME", default="mantle", help="Where the mesh lives.")
 @click.option("--dry-run", is_flag=True, help="Say what would be moved, and change nothing.")

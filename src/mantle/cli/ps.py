@@ -13,7 +13,7 @@ from mantle.cli.output import json_text, left_table, write
 WIDE = ("IP", "SERVICE ACCOUNT", "UID")
 
 
-@mesh_command(on_a_cluster="kubectl get pods")
+@mesh_command(on_a_cluster="kubectl get pods", selects="A")
 @click.option("--no-control-plane", is_flag=True, help="Leave Mantle's own pods out.")
 def command(flags: Globals, no_control_plane: bool) -> None:
     """List the pods of a mesh, of every namespace unless -n names one."""

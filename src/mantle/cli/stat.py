@@ -19,7 +19,7 @@ ALL = "all"
 MIN_WINDOW_SECONDS = 15
 
 
-@mesh_command()
+@mesh_command(selects="Al")
 @click.argument("resource", nargs=-1, required=True, metavar="KIND[/NAME]")
 @click.option("-t", "--time-window", default="1m", show_default=True, help="How far back, from 15s to 15m.")
 @click.option("--to", metavar="KIND/NAME", help="Only what the resources send to this one.")

@@ -22,7 +22,7 @@ GRPC_CODES = (
 """Names of gRPC status codes by number, as Go prints them (https://pkg.go.dev/google.golang.org/grpc/codes)."""
 
 
-@mesh_command()
+@mesh_command(selects="Al")
 @which_requests
 def command(
     flags: Globals,

@@ -25,7 +25,7 @@ REDRAW_SECONDS = 0.1
 LINES_SECONDS = 1.0
 
 
-@mesh_command()
+@mesh_command(selects="Al")
 @which_requests
 @click.option("--hide-sources", is_flag=True, help="Do not tell clients apart.")
 @click.option("--for", "span", metavar="DURATION", help="End by itself after so long, for example 20s.")

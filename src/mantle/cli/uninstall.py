@@ -24,7 +24,6 @@ def command(flags: Globals, offline: bool) -> None:
     """Print everything of Mantle's in a cluster: `mantle uninstall | kubectl delete -f -`."""
     from mantle.manifests import inventory
 
-    flags.refuse_selection()
     output = flags.output_of("yaml", "json")
     client = None if offline else cluster_client(flags)
     if client is None:

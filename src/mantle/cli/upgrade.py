@@ -32,7 +32,6 @@ def command(flags: Globals, files: Sequence[str], sets: Sequence[str], reset_val
     from mantle.manifests.render import TrustMaterial, install_objects
     from mantle.manifests.trust import Decision, Given, decide
 
-    flags.refuse_selection()
     output = flags.output_of("yaml", "json")
     client = cluster_client(flags)
     if client is None:
