@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mantle.cli import check, check_cluster, checks, checks_cluster, checks_pods
+from mantle.cli import check, check_cluster, checks, checks_cluster, checks_networks, checks_pods
 from mantle.cli.checks import Finding, Result, Validity
 from mantle.cli.checks_cluster import Api, Mesh, Trust, Wish
 from mantle.cli.checks_objects import Unread
@@ -235,6 +235,57 @@ def test_what_the_api_server_calls(trust: Trust, expected: dict[str, tuple[str, 
     assert problems(checks_cluster.webhook(trust, "mantle")) == expected
 
 
+# ---- addresses ----
+
+
+def service(name: str, *ips: str) -> dict[str, Any]:
+    return obj(name, "shop", spec={"clusterIP": ips[0], "clusterIPs": list(ips)} if ips else {})
+
+
+NODE = obj("n1", spec={"podCIDR": "10.244.0.0/24", "podCIDRs": ["10.244.0.0/24", "fd00:10::/64"]})
+SERVICES = [service("web", "10.96.0.10"), service("headless", "None"), service("elsewhere")]
+AT = obj("web-1", "shop", spec={}, status={"phase": "Running", "podIPs": [{"ip": "10.244.0.9"}, {"ip": "fd00:10::9"}]})
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        (([NODE], SERVICES, [AT]), {}),
+        (([], [], []), {}),
+        (([], [service("api", "34.118.224.1")], []), {"networks": ("error", "service shop/api is 34.118.224.1")}),
+        (([obj("n2", spec={"podCIDR": "2600:1::/80"})], [], []),
+         {"networks": ("error", "pods of node n2 are given 2600:1::/80")}),
+        # Half of it is outside, so it is not inside.
+        (([obj("n2", spec={"podCIDRs": ["8.0.0.0/5"]})], [], []),
+         {"networks": ("error", "pods of node n2 are given 8.0.0.0/5")}),
+        (([], [service(f"s{n}", f"34.118.224.{n}") for n in range(5)], [AT]),
+         {"networks": ("error", "service shop/s0 is 34.118.224.0; service shop/s1 is 34.118.224.1; "
+                       "service shop/s2 is 34.118.224.2; and 2 more")}),
+        (([], [], [obj("p", "shop", spec={}, status={"phase": "Running", "podIP": "1.2.3.4"})]),
+         {"networks": ("error", "pod shop/p is 1.2.3.4")}),
+        # The node's own address, a pod that is over, and one that has no address yet.
+        (([], [], [obj("h", "shop", spec={"hostNetwork": True}, status={"podIP": "1.2.3.4"}),
+                   obj("o", "shop", spec={}, status={"phase": "Succeeded", "podIP": "1.2.3.4"}),
+                   obj("y", "shop", spec={}, status={"phase": "Pending"})]), {}),
+        ((FORBIDDEN, SERVICES, [AT]), {"networks": ("warning", f"not known: {FORBIDDEN}")}),
+        ((FORBIDDEN, [service("api", "34.118.224.1")], FORBIDDEN),
+         {"networks": ("error", "service shop/api is 34.118.224.1")}),
+    ],
+)  # fmt: skip
+def test_addresses_outside_the_meshs_networks_would_be_plaintext(
+    facts: tuple[Any, Any, Any], expected: dict[str, tuple[str, str]]
+) -> None:
+    found = checks_networks.networks(("10.0.0.0/8", "fd00::/8"), *facts, installing=False)
+    assert problems([found]) == expected
+    assert found.result is not Result.ERROR or "upgrade --set 'networks={10.0.0.0/8,fd00::/8,NETWORK}'" in found.fix
+
+
+def test_before_an_installation_they_are_a_warning_as_values_may_still_name_them() -> None:
+    found = checks_networks.networks(("10.0.0.0/8",), [], [service("api", "34.118.224.1")], [], installing=True)
+    assert problems([found]) == {"networks": ("warning", "service shop/api is 34.118.224.1")}
+    assert "mantle install --set 'networks={10.0.0.0/8,NETWORK}'" in found.fix
+
+
 # ---- pods ----
 
 
@@ -370,7 +421,9 @@ def test_the_annotation_of_the_roots_is_what_injection_writes() -> None:
 
 
 def test_the_page_has_paragraphs_of_findings_only() -> None:
-    source = "".join(Path(module.__file__).read_text() for module in (checks, checks_cluster, checks_pods))
+    source = "".join(
+        Path(module.__file__).read_text() for module in (checks, checks_cluster, checks_networks, checks_pods)
+    )
     served = {f"{server}-{what}" for server in check_cluster.SERVERS for what in ("certificate", "renewal", "bundle")}
     lifetimes = {f"{what}-{when}" for what in ("trust-roots", "issuer") for when in ("valid", "soon")}
     assert {heading for heading in HEADINGS if f'"{heading}"' not in source} == served | lifetimes

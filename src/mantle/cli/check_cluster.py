@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 import mantle
-from mantle.cli import checks_cluster, checks_pods
+from mantle.cli import checks_cluster, checks_networks, checks_pods
 from mantle.cli.checks import Finding, Result, Validity
 from mantle.cli.checks_cluster import Api, Mesh, Trust, Wish
 from mantle.cli.checks_objects import Listed, Object, Unread, labels_of, name_of
@@ -79,6 +79,8 @@ WAITED_FOR = frozenset(
 
 def pre(cluster: Cluster, namespace: str) -> list[Category]:
     """Before an installation."""
+    from mantle.manifests.config import InstallValues
+
     ask = _Ask(cluster.client)
     api = ask.api()
     deployments = ask.list(f"/apis/apps/v1/namespaces/{namespace}/deployments")
@@ -91,6 +93,7 @@ def pre(cluster: Cluster, namespace: str) -> list[Category]:
         wishes,
         _aggregation(ask),
     )
+    found.append(_networks(ask, InstallValues().networks, ask.list("/api/v1/pods"), installing=True))
     return [("kubernetes", checks_cluster.kubernetes(api)), ("before installation", found)]
 
 
@@ -112,7 +115,8 @@ def installed(cluster: Cluster, namespace: str, *, proxies: bool) -> list[Catego
     categories.append(("certificates", checks_cluster.certificates(trust, now, namespace)))
     categories.append(("injector and views", checks_cluster.webhook(trust, namespace)))
     data = _data(ask, cluster, namespace, values, roots_pem, proxies)
-    categories.append(("pods", checks_pods.pods(data)))
+    networks = _networks(ask, values.networks, data.pods, installing=False)
+    categories.append(("pods", [*checks_pods.pods(data), networks]))
     if proxies:
         categories.append(("data plane", checks_pods.data_plane(data, now)))
     return categories
@@ -403,6 +407,11 @@ def _data(
         summary=summary,
         control_namespace=namespace,
     )
+
+
+def _networks(ask: _Ask, known: Sequence[str], pods: Listed, *, installing: bool) -> Finding:
+    nodes, services = ask.list("/api/v1/nodes"), ask.list("/api/v1/services")
+    return checks_networks.networks(known, nodes, services, pods, installing=installing)
 
 
 def _text(config: Object | Unread | None, key: str) -> str | Unread:
