@@ -37,11 +37,19 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> list[Globals]:
         "-n mantle probe --mesh two a b --output json --verbose",
         "--namespace=mantle --mesh=one probe deploy --mesh=two -ojson -v",
         "-o wide -n other probe a -n mantle -o json --mesh two -v",
+        "-n=mantle probe --mesh=two -o=json -v",
+        "-n=other probe -n=mantle --mesh two --output=json -v",
     ],
 )
 def test_global_flags_may_stand_anywhere_and_the_last_wins(line: str, probe: list[Globals]) -> None:
     cli.main(line.split(), standalone_mode=False)
     assert probe == [Globals("mantle", "two", "json", True)]
+
+
+def test_a_selector_may_begin_after_an_equals_sign_as_in_kubectl(probe: list[Globals]) -> None:
+    for line in ("probe -l=app=web", "probe -l app=web", "-lapp=web probe", "probe --selector=app=web"):
+        cli.main(line.split(), standalone_mode=False)
+    assert [flags.selector for flags in probe] == ["app=web"] * 4
 
 
 def test_flags_that_are_not_given_are_not_set(probe: list[Globals]) -> None:
@@ -166,6 +174,8 @@ def test_a_failure_lists_every_problem_with_place_and_fix(capsys: pytest.Capture
         (["ns", "emojivoto"], "namespace/emojivoto"),
         (["svc/web-svc"], "service/web-svc"),
         (["au"], "authority/"),
+        (["deployment.apps/web"], "deployment/web"),
+        (["cronjobs.v1.batch", "nightly"], "cronjob/nightly"),
     ],
 )
 def test_resources_as_people_type_them(words: list[str], meant: str) -> None:
@@ -174,7 +184,19 @@ def test_resources_as_people_type_them(words: list[str], meant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["a", "b", "c"], ["deploy/"], ["deploy/a", "b"], ["deploy/a/b"], [""], ["fish"], ["svc"]]
+    "words",
+    [
+        [],
+        ["a", "b", "c"],
+        ["deploy/"],
+        ["deploy/a", "b"],
+        ["deploy/a/b"],
+        [""],
+        ["fish"],
+        ["svc"],
+        ["deploy.x"],
+        ["po.apps"],
+    ],
 )
 def test_what_is_no_resource_is_a_usage_error(words: list[str]) -> None:
     with pytest.raises(click.UsageError):

@@ -14,7 +14,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +180,16 @@ def _unknown_command(word: str) -> str:
     return f"there is no command {word!r}; {hint}"
 
 
+class _Option(click.Option):
+    """Takes `-o=json` as kubectl does; click alone takes the `=` for a part of the value."""
+
+    def consume_value(
+        self, ctx: click.Context, opts: Mapping[str, click.Parameter]
+    ) -> tuple[Any, click.core.ParameterSource]:
+        value, source = super().consume_value(ctx, opts)
+        return value.removeprefix("=") if isinstance(value, str) else value, source
+
+
 def _global_options(*, top: bool = False) -> list[click.Option]:
     """Fresh option objects for one command. Values go to `Globals` only when given, so either place works.
 
@@ -200,7 +210,7 @@ def _global_options(*, top: bool = False) -> list[click.Option]:
         return callback
 
     def option(field: str, *names: str, **attrs: Any) -> click.Option:
-        return click.Option([field, *names], expose_value=False, callback=store(field), **attrs)
+        return _Option([field, *names], expose_value=False, callback=store(field), **attrs)
 
     return [
         option("namespace", "-n", "--namespace", metavar="NAME", help="Namespace of the objects (default: default)."),

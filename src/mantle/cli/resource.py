@@ -30,6 +30,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Each kind by its singular name, with the other names it has."""
 
+GROUPS = {
+    **dict.fromkeys(("daemonset", "deployment", "replicaset", "statefulset"), "apps"),
+    **dict.fromkeys(("cronjob", "job"), "batch"),
+}
+"""The API group of each kind that has one: `kubectl get deploy -o name` says `deployment.apps/web`."""
+
 KINDS = {alias: kind for kind, names in ALIASES.items() for alias in (kind, *names)}
 SHORT = {kind: names[-1] if kind != "job" else kind for kind, names in ALIASES.items()}
 
@@ -62,9 +68,12 @@ def parse(words: Sequence[str], allowed: Sequence[str]) -> Resource:
 
 
 def kind_of(word: str, allowed: Sequence[str]) -> str:
-    """The kind that `word` names. Raises `click.UsageError` unless it is one of `allowed`."""
-    kind = KINDS.get(word.lower())
-    if kind is None:
+    """The kind that `word` names, as `deploy` or as `deployment.apps`. Raises `click.UsageError` unless it is one of
+    `allowed`.
+    """
+    plain, _, group = word.lower().partition(".")
+    kind = KINDS.get(plain)
+    if kind is None or (group and group.removeprefix("v1.") != GROUPS.get(kind)):
         raise click.UsageError(f"there is no kind {word!r}; use one of {_list(allowed)}")
     if kind not in allowed:
         raise click.UsageError(f"resource type is not supported here: {kind}; use one of {_list(allowed)}")
