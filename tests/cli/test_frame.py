@@ -19,7 +19,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> list[Globals]:
     """A command `probe` that only keeps the global flags it was given."""
     seen: list[Globals] = []
 
-    @mesh_command("probe")
+    @mesh_command("probe", selects="Al")
     @click.argument("words", nargs=-1)
     def command(flags: Globals, words: tuple[str, ...]) -> None:
         seen.append(flags)
