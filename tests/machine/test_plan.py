@@ -169,6 +169,8 @@ def test_volumes_become_files_tokens_and_mounts() -> None:
     volumeMounts:
     - {name: all, mountPath: /etc/all}
     - {name: scratch, mountPath: /scratch, subPath: mine}
+    - {name: scratch, mountPath: /literally, subPath: $(UP)}
+    env: [{name: UP, value: ../../..}]
   volumes:
   - name: scratch
     emptyDir: {}
@@ -187,8 +189,8 @@ def test_volumes_become_files_tokens_and_mounts() -> None:
     assert [(t.path, t.audience, t.seconds) for t in volumes["all"].tokens] == [("token", "someone", 700)]
     mounts = {m.target: m for m in planned.spec.containers[-1].mounts}
     assert mounts["/etc/all"].read_only and not mounts["/scratch"].read_only
-    assert mounts["/scratch"].source == "/state/pods/u/volumes/scratch/mine"
-    assert ("scratch", "mine") in planned.sub_paths
+    assert (mounts["/scratch"].source, mounts["/scratch"].below) == ("/state/pods/u/volumes/scratch", "mine")
+    assert planned.sub_paths == (("scratch", "mine"), ("scratch", "$(UP)")), "as on a cluster nothing in it is expanded"
 
 
 def test_users_come_from_the_manifest_then_the_caller_never_host_root_by_itself() -> None:

@@ -153,7 +153,7 @@ def build_view(place: Place, spec: ContainerSpec) -> int:
         ns.mount("proc", "/proc", "proc", ns.MS_NOSUID | ns.MS_NODEV | ns.MS_NOEXEC)
     view = View()
     view.make_root_ours(m.target for m in spec.mounts)
-    volumes = [(m, view.open(m.source)) for m in spec.mounts]
+    volumes = [(m, view.open_below(m.source, m.below)) for m in spec.mounts]
     files = [(name, view.open(str(path))) for name in _FILES if (path := place.directory / "etc" / name).exists()]
     program = _open_program(spec.argv[0])
     of_tmp = _named_in_tmp(spec)

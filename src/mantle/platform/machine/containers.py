@@ -120,12 +120,10 @@ def build(
             env = environment(box, found, me, objects, machine, hostname, home, {} if found.own else links)
             mounts = []
             for mount in box.get("volumeMounts") or []:
-                source = sources[mount["name"]]
-                if sub := img.expand(mount.get("subPath") or "", env).strip("/"):
-                    source = f"{source}/{sub}"
+                if sub := (mount.get("subPath") or "").strip("/"):
                     built.sub_paths.append((mount["name"], sub))
                 read_only = bool(mount.get("readOnly")) or not kinds[mount["name"]].writable
-                mounts.append(MountSpec(source, mount["mountPath"], read_only))
+                mounts.append(MountSpec(sources[mount["name"]], mount["mountPath"], read_only, sub))
                 before = built.owners.get(mount["name"], ())
                 built.owners[mount["name"]] = before if (uid, gid) in before else (*before, (uid, gid))
             if found.own and found.path != machine.proxy_path and me.namespace == machine.control_namespace:

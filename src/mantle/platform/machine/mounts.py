@@ -9,6 +9,7 @@ created on the host's file systems: a missing path appears on a tmpfs that stand
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -55,6 +56,24 @@ class View:
     def open(self, path: str) -> int:
         """A descriptor that still leads to `path` when something is mounted over its ancestors."""
         return os.open(path, os.O_PATH | os.O_CLOEXEC)
+
+    def open_below(self, path: str, below: str) -> int:
+        """As `open`, of `below` in the directory `path`. Raises OSError for a symbolic link on the way there: whoever
+        may write in `path` could lead us, who have all rights, to any file of the host.
+        """
+        fd = self.open(path)
+        for part in filter(None, below.split("/")):
+            outer = fd
+            try:
+                fd = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=outer)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, f"{path}/{below}") from None
+            finally:
+                os.close(outer)
+            if part == ".." or stat.S_ISLNK(os.fstat(fd).st_mode):
+                os.close(fd)
+                raise OSError(errno.ELOOP, f"{part} is no directory or file of the volume itself", f"{path}/{below}")
+        return fd
 
     def expose(self, opened: Sequence[tuple[str, int]], uid: int, gids: Iterable[int]) -> None:
         """Makes directories reachable for `uid` though an ancestor is private or was replaced.

@@ -41,9 +41,30 @@ def write_volumes(
     for name, sub in sub_paths:
         volume = made[name]
         if volume.writable and not volume.source:
-            target = root / name / sub
-            target.mkdir(parents=True, exist_ok=True)
-            target.chmod(0o777)
+            with contextlib.suppress(OSError):  # the application put something else there: its start says so
+                _make_below(root / name, sub)
+
+
+def _make_below(directory: Path, sub: str) -> None:
+    """Makes the directories `sub` in a volume that applications may write to: nothing that is there already is
+    followed or changed, for it may be a symbolic link to anywhere. Raises OSError if a part is no directory.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        parts = [part for part in sub.split("/") if part]
+        for number, part in enumerate(parts, 1):
+            made = True
+            try:
+                os.mkdir(part, dir_fd=fd)
+            except FileExistsError:
+                made = False
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+            if made and number == len(parts):
+                os.fchmod(fd, 0o777)
+    finally:
+        os.close(fd)
 
 
 def _host_path(volume: Volume) -> None:

@@ -54,6 +54,8 @@ class MountSpec:
     source: str
     target: str
     read_only: bool = False
+    below: str = ""
+    """What of `source` is meant (`subPath`). Applications may write there, so no symbolic link in it is followed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,78 @@
+"""`subPath` in a volume that the application may write to: links that it puts there lead nowhere.
+
+The daemon, and the init of a container, have rights that the application has not. Whatever they make, open or change in
+such a volume must be the volume's own.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from machine_play import python
+
+from mantle.platform.machine.podfiles import write_volumes
+from mantle.platform.machine.spec import MountSpec, Restart
+from mantle.platform.machine.volumes import Volume
+
+SCRATCH = Volume("scratch", writable=True)
+
+
+def written(root: Path, *subs: str) -> None:
+    write_volumes(root, [SCRATCH], {}, [("scratch", sub) for sub in subs], chown=False)
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+def test_what_a_mount_needs_is_made_for_everybody_and_once(tmp_path: Path) -> None:
+    written(tmp_path, "a/b")
+    assert mode(tmp_path / "scratch" / "a" / "b") == 0o777
+    (tmp_path / "scratch" / "a" / "b").chmod(0o700)  # the application's own decision
+    written(tmp_path, "a/b")
+    assert mode(tmp_path / "scratch" / "a" / "b") == 0o700
+
+
+@pytest.mark.parametrize("sub", ["mine", "mine/deep", "mine/deep/deeper"])
+def test_a_link_in_place_of_it_changes_nothing_elsewhere(tmp_path: Path, sub: str) -> None:
+    elsewhere = tmp_path / "host"
+    (elsewhere / "deep").mkdir(parents=True)
+    for directory in (elsewhere, elsewhere / "deep"):
+        directory.chmod(0o750)
+    written(tmp_path / "pod")
+    (tmp_path / "pod" / "scratch" / "mine").symlink_to(elsewhere)
+    written(tmp_path / "pod", sub)  # a changed ConfigMap: the volumes of running pods are written again
+    assert (mode(elsewhere), mode(elsewhere / "deep")) == (0o750, 0o750)
+    assert [path.name for path in elsewhere.rglob("*")] == ["deep"]
+
+
+@pytest.mark.root
+@pytest.mark.mesh
+def test_an_application_cannot_lead_its_next_start_to_another_pods_files(host: Any) -> None:
+    code = """
+import os, sys
+print("sees", sorted(os.listdir("/srv/part")))
+if not os.path.islink("/srv/all/part"):
+    os.rename("/srv/all/part", "/srv/all/before")
+    os.symlink(sys.argv[1], "/srv/all/part")
+sys.exit(1)
+"""
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            other = mesh.dir("b") / "volumes"
+            other.mkdir(parents=True)
+            (other / "token").write_text("another pod's")
+            volumes = mesh.dir("a") / "volumes"
+            written(volumes, "part")
+            scratch = str(volumes / "scratch")
+            mounts = (MountSpec(scratch, "/srv/all"), MountSpec(scratch, "/srv/part", below="part"))
+            app = python("app", code, mounts=mounts)
+            app = replace(app, argv=(*app.argv, str(other)))
+            await mesh.start("a", "10.203.0.5", app, restart=Restart.ON_FAILURE)
+            status = await mesh.until("a", lambda s: "no directory or file of the volume" in s.containers[0].message)
+            assert status.containers[0].message.startswith(f"{scratch}/part: "), status
+            assert mesh.log("a", "app") == ["sees []"]
+
+    host.play(scene)
