@@ -72,9 +72,7 @@ def environment(config: Config, values: Values, subject: Subject, opaque: str) -
         named[prefix + name] = value
     for name, value in values.proxy_env.items():
         named[prefix + name] = value
-    entries: dict[str, dict[str, Any]] = {
-        name: {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in _DOWNWARD
-    }
+    entries: dict[str, dict[str, Any]] = {name: {"name": name, "valueFrom": _field(path)} for name, path in _DOWNWARD}
     for name, value in named.items():
         entries[name] = {"name": name, **(value if isinstance(value, dict) else {"value": value})}
     for item in config.get("proxy-additional-env", ()):
@@ -133,7 +131,7 @@ def _settings(config: Config, values: Values, subject: Subject, opaque: str) -> 
     yield "CONTROL_STREAM_IDLE_TIMEOUT", "5m"
     yield "CONTROL_STREAM_LIFETIME", "1h"
 
-    yield "INBOUND_IPS", {"valueFrom": {"fieldRef": {"fieldPath": "status.podIPs"}}}
+    yield "INBOUND_IPS", {"valueFrom": _field("status.podIPs")}
     yield "INBOUND_PORTS", config.get("pod-inbound-ports", ports)
     yield "INBOUND_DEFAULT_POLICY", config.get("default-inbound-policy", values.default_policy)
     # Ports that nobody declared still deserve the default list: their servers speak first.
@@ -170,6 +168,11 @@ def _settings(config: Config, values: Values, subject: Subject, opaque: str) -> 
     yield "OUTBOUND_METRICS_HOSTNAME_LABELS", hostnames
     if (grace := config.get("shutdown-grace-period")) is not None:
         yield "SHUTDOWN_GRACE_PERIOD", grace
+
+
+def _field(path: str) -> dict[str, Any]:
+    """A field of the pod, written as the API server keeps it, so that nothing differs from what it has."""
+    return {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}
 
 
 def _bool(value: bool) -> str:
