@@ -4,9 +4,7 @@
 # ruff: noqa: ASYNC240, E501
 
 import json
-import os
 import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -355,26 +353,3 @@ print("back")
             assert [line for line in said if line.startswith("redirect repaired; found: ")], said
 
     host.play(scene)
-
-
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace with links of its own")
-def test_both_families_are_redirected_and_tried(mantle_proxy: Path, program: Any) -> None:
-    """A namespace of its own with an IPv4 and an IPv6 address and routes, as a dual-stack pod has."""
-    ip = program("ip")
-    lines = [
-        "link set lo up",
-        "link add d0 type veth peer name d1",
-        "link set d0 up",
-        "link set d1 up",
-        "addr add 10.9.0.2/24 dev d0",
-        "-6 addr add fd00::2/64 dev d0 nodad",
-        "route add default dev d0",
-        "-6 route add default dev d0",
-    ]
-    script = "set -e\n" + "\n".join(f"{ip} {line}" for line in lines)
-    command = f"{script}\n{mantle_proxy} redirect install --proxy-uid 2102"
-    done = subprocess.run(["unshare", "--net", "sh", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    for target in ("192.0.2.1:65535", "[2001:db8::1]:65535"):
-        assert f"a connection to {target} was redirected, its original destination known" in done.stdout
