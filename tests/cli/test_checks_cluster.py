@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -25,7 +24,13 @@ from mantle.core.proxy_env import Values
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "check.md"
-VALUES = Values("0.1.0", "ROOTS", ("10.0.0.0/8",))
+
+
+def pem(base64: str) -> str:
+    return f"-----BEGIN CERTIFICATE-----\n{base64}\n-----END CERTIFICATE-----\n"
+
+
+VALUES = Values("0.1.0", pem("Uk9P\nVA=="), ("10.0.0.0/8",))
 FORBIDDEN = Unread('secrets is forbidden: User "ada" cannot get it')
 HEADINGS = frozenset(re.findall(r"(?m)^### ([a-z-]+)$", PAGE.read_text()))
 
@@ -372,8 +377,12 @@ def test_an_annotation_that_is_a_label_is_named() -> None:
     [
         (replace(DATA, pods=[pod("web", ready=False, state={"waiting": {"reason": "ImagePullBackOff"}}), pod("emoji")]),
          {"proxy-ready": ("error", "shop/web-1: waiting ImagePullBackOff")}),
-        (replace(DATA, values=replace(VALUES, trust_anchors="OTHER ROOTS")),
+        (replace(DATA, values=replace(VALUES, trust_anchors=pem("T1RIRVI="))),
          {"proxy-roots": ("error", "shop/web-1 has others; shop/emoji-1 has others")}),
+        # One root more than the proxies have; and the same one, written otherwise.
+        (replace(DATA, values=replace(VALUES, trust_anchors=VALUES.trust_anchors + pem("T1RIRVI="))),
+         {"proxy-roots": ("error", "shop/web-1 has others; shop/emoji-1 has others")}),
+        (replace(DATA, values=replace(VALUES, trust_anchors="# the root\n" + pem("Uk9PVA==") + "\n")), {}),
         (replace(DATA, version="0.2.0"),
          {"proxy-version": ("warning", "shop/web-1 has 0.1.0; shop/emoji-1 has 0.1.0")}),
         (replace(DATA, summary=Unread("the views do not answer")),
@@ -413,8 +422,39 @@ def test_what_cannot_be_read_is_never_silence() -> None:
     assert about_pods(replace(DATA, values=FORBIDDEN))["pods-meshed"][0] == "warning"
 
 
-def test_the_annotation_of_the_roots_is_what_injection_writes() -> None:
-    assert pod("web")["metadata"]["annotations"]["mantle.dev/trust-root-sha256"] == hashlib.sha256(b"ROOTS").hexdigest()
+def test_what_an_annotation_says_of_the_roots_counts_for_nothing() -> None:
+    old = pod("web", values=replace(VALUES, trust_anchors=pem("T0xE")))
+    current = pod("web")["metadata"]["annotations"]["mantle.dev/trust-root-sha256"]
+    old["metadata"]["annotations"]["mantle.dev/trust-root-sha256"] = current
+    assert about_proxies(replace(DATA, pods=[old, pod("emoji")])) == {"proxy-roots": ("error", "shop/web-1 has others")}
+    del old["metadata"]["annotations"]["mantle.dev/trust-root-sha256"]
+    assert "proxy-roots" in about_proxies(replace(DATA, pods=[old, pod("emoji")]))
+
+
+@pytest.mark.parametrize(("age", "missing"), [(5, {}), (60, {"leaf-there": ("error", "shop/new-1")})])
+def test_what_viz_did_not_hear_yet_of_a_proxy_that_just_started_is_no_error(age: int, missing: Any) -> None:
+    new = pod("new", state={"running": {"startedAt": (NOW - timedelta(seconds=age)).isoformat()}})
+    assert about_proxies(replace(DATA, pods=[*DATA.pods, new])) == missing
+
+
+def test_one_namespace_is_asked_about_and_its_traffic_has_two_ends() -> None:
+    other, lonely = pod("api", "other", ready=False), pod("db", "lonely", asks=False, meshed=False)
+    between = edge("web", "api", "not_provided_by_remote") | {"dst_namespace": "other"}
+    data = replace(DATA, pods=[*DATA.pods, other, lonely], namespaces=[SHOP, obj("other"), obj("lonely")],
+                   summary=summary(between), namespace="shop")  # fmt: skip
+    assert about_pods(data) == {}
+    assert about_proxies(data) == {"traffic-encrypted": ("error", "web → api: not_provided_by_remote")}
+    assert set(about_proxies(replace(data, namespace="other"))) == {"proxy-ready", "traffic-encrypted"}
+    empty = about_proxies(replace(data, namespace="lonely", summary=summary()))
+    assert empty == {"proxy-namespace": ("error", "no pod of lonely has a proxy")}
+    gone = about_proxies(replace(data, namespace="gone", summary=summary()))
+    assert gone == {"proxy-namespace": ("error", "there is no namespace gone")}
+    strict = obj("other", labels={"pod-security.kubernetes.io/enforce": "restricted", "mantle.dev/inject": "enabled"})
+    assert about_pods(replace(data, namespaces=[SHOP, strict])) == {}
+    assert set(about_pods(replace(data, namespaces=[SHOP, strict], namespace="other"))) == {
+        "pods-security",
+        "pods-labels",
+    }
 
 
 # ---- how it is said ----

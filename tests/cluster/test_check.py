@@ -113,6 +113,25 @@ def test_pods_that_missed_the_injector_are_found(api_server: ApiServer, installe
     assert found["pods-security"] == ("error", f"{namespace} enforces baseline")
 
 
+def test_proxies_of_one_namespace_are_asked_about_and_the_control_plane_is_found(
+    api_server: ApiServer, installed: str
+) -> None:
+    namespace = api_server.new_namespace("shop")
+    found = checked(mantle(api_server, "check", "--proxy", "-o", "json", "-n", namespace))
+    assert found["install-config"][0] == "success", "the control plane is found by its label"
+    assert found["proxy-namespace"] == ("error", f"no pod of {namespace} has a proxy")
+    assert found["pods-meshed"][0] == "success", "pods of other namespaces are not asked about"
+    assert found["views-answer"][0] == "error", "nothing runs here"
+    assert "proxy-namespace" not in checked(mantle(api_server, "check", "--proxy", "-o", "json"))
+    elsewhere = mantle(api_server, "check", "--proxy", "-o", "json", "--control-namespace", namespace)
+    assert checked(elsewhere)["install-config"][0] == "error"
+
+
+def test_the_meshs_version_is_found_wherever_its_control_plane_lives(api_server: ApiServer, installed: str) -> None:
+    found = json.loads(mantle(api_server, "version", "-o", "json").stdout)
+    assert found["mesh"]["version"] == found["client"]
+
+
 # ---- the ca, as its own service account ----
 
 

@@ -38,22 +38,25 @@ Category = tuple[str, Sequence[Finding]]
 @mesh_command(selects="A")
 @click.option("--pre", is_flag=True, help="On a cluster: can Mantle be installed?")
 @click.option("--proxy", "proxies", is_flag=True, help="On a cluster: every proxy too, and its traffic.")
+@click.option("--control-namespace", metavar="NAME", help="On a cluster: where Mantle lives, if it is not found.")
 @click.option("--wait", metavar="DURATION", default="0s", help="On a cluster: how long a fresh installation may take.")
-def command(flags: Globals, pre: bool, proxies: bool, wait: str) -> int:
+def command(flags: Globals, pre: bool, proxies: bool, control_namespace: str | None, wait: str) -> int:
     """Find what is wrong with this machine or cluster, the mesh or its traffic.
 
     \b
     mantle check --pre      before `mantle install`
     mantle check            what is installed
-    mantle check --proxy    and every proxy
+    mantle check --proxy    and every proxy, with -n those of one namespace
     """
     output = flags.output_of("table", "short", "json")
     if pre and proxies:
         raise click.UsageError("--pre is before an installation and --proxy after it: leave one of them out")
     meant = pre or proxies or bool(flags.cluster_flags)
+    home = control_namespace or (None if proxies else flags.namespace)
+    only = flags.namespace if proxies and not flags.all_namespaces else None
     if (cluster := _cluster(flags, wanted=pre or proxies)) is not None:
         try:
-            return _on_cluster(flags, cluster, output, pre=pre, proxies=proxies, wait=seconds_of(wait))
+            return _on_cluster(cluster, output, home, only, pre=pre, proxies=proxies, wait=seconds_of(wait))
         except Failure as failure:
             if meant:
                 raise
@@ -80,17 +83,20 @@ def _cluster(flags: Globals, *, wanted: bool) -> Cluster | None:
     return None if running_meshes(state_root()) or access_of(flags) is None else cluster(flags)
 
 
-def _on_cluster(flags: Globals, cluster: Cluster, output: str, *, pre: bool, proxies: bool, wait: float) -> int:
+def _on_cluster(
+    cluster: Cluster, output: str, home: str | None, only: str | None, *, pre: bool, proxies: bool, wait: float
+) -> int:
+    """`home`: the control plane's namespace, if it is given; `only`: the one namespace whose proxies are meant."""
     from mantle.cli import check_cluster
 
     if output != "json":
         sys.stderr.write(f"{escape(str(cluster))}\n")
-    namespace, until = flags.namespace or "mantle", time.monotonic() + wait
+    until = time.monotonic() + wait
     while True:
         if pre:
-            found = check_cluster.pre(cluster, namespace)
+            found = check_cluster.pre(cluster, home or "mantle")
         else:
-            found = check_cluster.installed(cluster, namespace, proxies=proxies)
+            found = check_cluster.installed(cluster, home, only, proxies=proxies)
         if time.monotonic() >= until or not check_cluster.waits(found):
             break
         time.sleep(WAIT_STEP_SECONDS)

@@ -72,7 +72,7 @@ API_SERVICE = "v1alpha1.tap.mantle.dev"
 IDENTITY_ADMIN = 9990
 WAITED_FOR = frozenset(
     {"control-ready", "identity-ready", "injector-webhook", "injector-bundle", "injector-certificate", "views-api",
-     "viz-bundle", "viz-certificate", "views-answer"}
+     "viz-bundle", "viz-certificate", "views-answer", "proxy-ready", "leaf-there", "traffic-known"}
 )  # fmt: skip
 """Findings that a fresh installation makes good by itself."""
 
@@ -97,10 +97,13 @@ def pre(cluster: Cluster, namespace: str) -> list[Category]:
     return [("kubernetes", checks_cluster.kubernetes(api)), ("before installation", found)]
 
 
-def installed(cluster: Cluster, namespace: str, *, proxies: bool) -> list[Category]:
-    """What is installed, and with `proxies` every proxy too."""
+def installed(cluster: Cluster, home: str | None, only: str | None, *, proxies: bool) -> list[Category]:
+    """What is installed, and with `proxies` every proxy too, or those of the namespace `only`. `home`: the control
+    plane's namespace; None: the one that is found.
+    """
     ask = _Ask(cluster.client)
     api = ask.api()
+    namespace = home or _home(ask)
     first: Category = ("kubernetes", checks_cluster.kubernetes(api))
     config = ask.get(f"/api/v1/namespaces/{namespace}/configmaps/mantle-config")
     roots = ask.get(f"/api/v1/namespaces/{namespace}/configmaps/mantle-identity-trust-roots")
@@ -114,7 +117,7 @@ def installed(cluster: Cluster, namespace: str, *, proxies: bool) -> list[Catego
     trust = _trust(ask, cluster.client, namespace, roots_pem, mesh.pods, api)
     categories.append(("certificates", checks_cluster.certificates(trust, now, namespace)))
     categories.append(("injector and views", checks_cluster.webhook(trust, namespace)))
-    data = _data(ask, cluster, namespace, values, roots_pem, proxies)
+    data = _data(ask, cluster, namespace, only, values, roots_pem, proxies)
     networks = _networks(ask, values.networks, data.pods, installing=False)
     categories.append(("pods", [*checks_pods.pods(data), networks]))
     if proxies:
@@ -205,6 +208,12 @@ def _aggregation(ask: _Ask) -> str:
 
 
 # ---- facts ----
+
+
+def _home(ask: _Ask) -> str:
+    """The namespace that says it holds a control plane; the usual one if none does, or may not be read."""
+    found = ask.list("/api/v1/namespaces", "mantle.dev/is-control-plane=true")
+    return "mantle" if isinstance(found, Unread) or not found else name_of(found[0])
 
 
 def _values(config: Object | Unread | None) -> InstallValues | Unread:
@@ -389,14 +398,20 @@ def _ready(client: KubeClient, namespace: str, pod: str) -> tuple[str | Unread, 
 
 
 def _data(
-    ask: _Ask, cluster: Cluster, namespace: str, values: InstallValues, roots: str | Unread, proxies: bool
+    ask: _Ask,
+    cluster: Cluster,
+    namespace: str,
+    only: str | None,
+    values: InstallValues,
+    roots: str | Unread,
+    proxies: bool,
 ) -> Data:
     from mantle.manifests.config import injection_values
 
     summary: Object | Unread = Unread("not asked")
     if proxies:
         try:
-            summary = cluster.views.get("summary", None)
+            summary = cluster.views.get("summary", only)
         except Failure as failure:
             summary = Unread(failure.message, failure.problems[0].fix or "`kubectl -n mantle get pods`")
     return Data(
@@ -406,6 +421,7 @@ def _data(
         version=values.version,
         summary=summary,
         control_namespace=namespace,
+        namespace=only,
     )
 
 

@@ -223,7 +223,7 @@ def installation(mesh: Mesh) -> list[Finding]:
                 f"Mantle is installed in namespace {mesh.namespace}",
                 Result.ERROR,
                 str(mesh.config),
-                "`mantle install | kubectl apply -f -`, or name another namespace with -n",
+                "`mantle install | kubectl apply -f -`, or name its namespace with --control-namespace",
                 id="install-config",
             )
         ]

@@ -79,6 +79,21 @@ def proxy_status(pod: Object) -> Object | None:
     return next((one for one in statuses if one.get("name") == PROXY), None)
 
 
+def proxy_env(pod: Object, name: str) -> str:
+    """A setting that injection gave the pod's proxy, by its name without prefix; empty if it has none."""
+    for container in containers(pod.get("spec") or {}):
+        for variable in container.get("env") or () if container.get("name") == PROXY else ():
+            if str(variable.get("name", "")).endswith(f"_PROXY_{name}"):
+                return str(variable.get("value") or "")
+    return ""
+
+
+def running_since(pod: Object) -> datetime | None:
+    """When the pod's proxy was started; None while it does not run."""
+    state = (proxy_status(pod) or {}).get("state") or {}
+    return time_of((state.get("running") or {}).get("startedAt"))
+
+
 def state_of(pod: Object) -> str:
     found = proxy_status(pod)
     if found is None:

@@ -6,10 +6,10 @@ is current, certified and encrypting, from the pods and from what viz has learnt
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from mantle.cli.checks import Finding, Result, good_unless
 from mantle.cli.checks_objects import (
@@ -26,18 +26,22 @@ from mantle.cli.checks_objects import (
     labels_of,
     name_of,
     owner_of,
+    proxy_env,
     proxy_status,
+    running_since,
     stamp,
     state_of,
     unread,
 )
-from mantle.core.annotations import INJECT, PROXY_VERSION, TRUST_ROOT_SHA256
+from mantle.core.annotations import INJECT, PROXY_VERSION
 from mantle.core.inject import Injected, Refused, inject_pod, uninject_pod
 from mantle.core.inject_containers import INIT
 from mantle.core.optional_names import LABEL_TLS, OPTIONAL
 from mantle.core.proxy_env import Values
 
 STALE_SECONDS = 15.0
+YOUNG = timedelta(seconds=15)
+"""viz asks every other second: what it does not know of a proxy that runs for less than this says nothing."""
 HARMLESS = frozenset({"loopback"})
 """Reasons of traffic that never leaves a pod."""
 SYSTEM = ("kube-system", "kube-node-lease", "kube-public")
@@ -54,6 +58,13 @@ class Data:
     version: str
     summary: Object | Unread
     control_namespace: str
+    namespace: str | None = None
+    """Whose pods are asked about; None: those of all. `pods` has all, as traffic has two ends."""
+
+    def asked(self) -> list[Object]:
+        """The pods that are asked about and are not over; none if they cannot be read."""
+        every = [] if isinstance(self.pods, Unread) else alive(self.pods)
+        return [pod for pod in every if self.namespace in (None, pod["metadata"]["namespace"])]
 
 
 def pods(data: Data) -> list[Finding]:
@@ -62,7 +73,7 @@ def pods(data: Data) -> list[Finding]:
         return [unread("the cluster's pods can be read", data.pods, "pods-meshed", Result.ERROR)]
     namespaces = {} if isinstance(data.namespaces, Unread) else {name_of(ns): ns for ns in data.namespaces}
     return [
-        *_outside(data, alive(data.pods), namespaces),
+        *_outside(data, namespaces),
         _refused_by_policy(data, namespaces),
         _labels_for_annotations(data, namespaces),
     ]
@@ -72,19 +83,21 @@ def data_plane(data: Data, now: datetime) -> list[Finding]:
     """Is every proxy current, certified and encrypting?"""
     if isinstance(data.pods, Unread):
         return []
-    inside = [pod for pod in alive(data.pods) if proxy_status(pod) is not None or has_proxy(pod)]
+    inside = [pod for pod in data.asked() if proxy_status(pod) is not None or has_proxy(pod)]
     restart = "restart the workload: `kubectl -n NAMESPACE rollout restart deployment/NAME`"
     unready = [f"{full_of(pod)}: {state_of(pod)}" for pod in inside if not (proxy_status(pod) or {}).get("ready")]
     findings = [
+        *_namespace(data, inside),
         good_unless(
             "every proxy is ready", unready, "`kubectl -n NAMESPACE logs POD -c mantle-proxy`", id="proxy-ready"
-        )
+        ),
     ]
     if isinstance(data.values, Unread):
         findings.append(unread("every proxy has the trust roots of now", data.values, "proxy-roots"))
     else:
-        current = hashlib.sha256(data.values.trust_anchors.encode()).hexdigest()
-        old = [full_of(pod) for pod in inside if annotations_of(pod).get(TRUST_ROOT_SHA256) not in (None, current)]
+        current = _certificates_in(data.values.trust_anchors)
+        # What the proxy got, not what an annotation says of it: anybody may write annotations.
+        old = [full_of(pod) for pod in inside if _certificates_in(proxy_env(pod, "IDENTITY_TRUST_ANCHORS")) != current]
         findings.append(
             good_unless(
                 "every proxy has the trust roots of now",
@@ -108,17 +121,40 @@ def data_plane(data: Data, now: datetime) -> list[Finding]:
             unread("the proxies' certificates and traffic are known", data.summary, "views-answer", Result.ERROR)
         )
     else:
-        findings += [*_leaves(inside, data.summary, now), *_traffic(alive(data.pods), data.summary)]
+        findings += [*_leaves(inside, data.summary, now), *_traffic(data, data.summary)]
     return [*findings, *_optional(inside, data)]
 
 
-def _outside(data: Data, alive: Sequence[Object], namespaces: Mapping[str, Object]) -> list[Finding]:
+def _namespace(data: Data, inside: Sequence[Object]) -> list[Finding]:
+    """Is there anything to ask about, in a namespace that somebody named?"""
+    if data.namespace is None:
+        return []
+    known = None if isinstance(data.namespaces, Unread) else {name_of(namespace) for namespace in data.namespaces}
+    reasons = [] if inside else [f"no pod of {data.namespace} has a proxy"]
+    if known is not None and data.namespace not in known:
+        reasons = [f"there is no namespace {data.namespace}"]
+    fix = (
+        f"name another with -n, or `kubectl annotate namespace {data.namespace} {INJECT}=enabled` "
+        "and restart its workloads"
+    )
+    return [good_unless(f"namespace {data.namespace} has pods in the mesh", reasons, fix, id="proxy-namespace")]
+
+
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", re.DOTALL)
+
+
+def _certificates_in(pem: str) -> frozenset[str]:
+    """The certificates of a PEM text as base64 without breaks: neither their order nor what stands between matters."""
+    return frozenset("".join(found.split()) for found in _CERTIFICATE.findall(pem))
+
+
+def _outside(data: Data, namespaces: Mapping[str, Object]) -> list[Finding]:
     """Pods that ask for the mesh and are not in it: created while the injector did not answer, or before they asked."""
     description = "every pod that should be in the mesh is"
     if isinstance(data.values, Unread):
         return [unread(description, data.values, "pods-meshed")]
     missed, mistaken = [], []
-    for pod in alive:
+    for pod in data.asked():
         namespace = pod["metadata"]["namespace"]
         if has_proxy(pod) or namespace in (*SYSTEM, data.control_namespace):
             continue
@@ -148,13 +184,15 @@ def _outside(data: Data, alive: Sequence[Object], namespaces: Mapping[str, Objec
 def _refused_by_policy(data: Data, namespaces: Mapping[str, Object]) -> Finding:
     """Namespaces with pods to be meshed whose PodSecurity level refuses the container that sets the redirect."""
     wanting = {name for name, ns in namespaces.items() if annotations_of(ns).get(INJECT) in ("enabled", "ingress")}
-    for pod in () if isinstance(data.pods, Unread) else data.pods:
+    for pod in data.asked():
         if annotations_of(pod).get(INJECT) in ("enabled", "ingress"):
             wanting.add(pod["metadata"]["namespace"])
     reasons = [
         f"{name} enforces {level}"
         for name in sorted(wanting)
-        if name in namespaces and (level := enforced(namespaces[name])) in RESTRICTING
+        if data.namespace in (None, name)
+        and name in namespaces
+        and (level := enforced(namespaces[name])) in RESTRICTING
     ]
     return good_unless(
         "no namespace refuses the container that sets the redirect",
@@ -167,7 +205,7 @@ def _refused_by_policy(data: Data, namespaces: Mapping[str, Object]) -> Finding:
 
 def _labels_for_annotations(data: Data, namespaces: Mapping[str, Object]) -> Finding:
     """`mantle.dev/inject` is an annotation; as a label it says nothing to anybody."""
-    named = [*namespaces.values(), *(() if isinstance(data.pods, Unread) else data.pods)]
+    named = [ns for name, ns in namespaces.items() if data.namespace in (None, name)] + data.asked()
     wrong = [f"{obj.get('kind') or 'Pod'} {full_of(obj)}" for obj in named if INJECT in labels_of(obj)]
     return good_unless(
         f"{INJECT} is nowhere a label",
@@ -184,8 +222,10 @@ def _leaves(inside: Sequence[Object], summary: Object, now: datetime) -> list[Fi
     none, expired, late = [], [], []
     for pod in inside:
         found = known.get(full_of(pod))
-        if not (proxy_status(pod) or {}).get("ready") and found is None:
+        if found is None and not (proxy_status(pod) or {}).get("ready"):
             continue  # said already: it is not ready
+        if found is None and (began := running_since(pod)) is not None and now - began < YOUNG:
+            continue
         if found is None or not found.get("expires"):
             if labels_of(pod).get(LABEL_TLS) != OPTIONAL:
                 none.append(full_of(pod))
@@ -203,14 +243,15 @@ def _leaves(inside: Sequence[Object], summary: Object, now: datetime) -> list[Fi
     ]
 
 
-def _traffic(alive: Sequence[Object], summary: Object) -> list[Finding]:
+def _traffic(data: Data, summary: Object) -> list[Finding]:
     """Is what should be encrypted encrypted?"""
     age = summary.get("scrape_age_seconds")
     stale = (
         [] if age is not None and age < STALE_SECONDS else ["never asked" if age is None else f"asked {age:.0f} s ago"]
     )
     failing = [f"{pod}: {reason}" for pod, reason in sorted(summary.get("failing", {}).items())]
-    members = {(pod["metadata"]["namespace"], end) for pod in alive if has_proxy(pod) for end in ends_of(pod)}
+    meshed = [] if isinstance(data.pods, Unread) else [pod for pod in alive(data.pods) if has_proxy(pod)]
+    members = {(pod["metadata"]["namespace"], end) for pod in meshed for end in ends_of(pod)}
     broken: list[str] = []
     plain: list[str] = []
     for edge in summary.get("edges", ()):
@@ -224,7 +265,7 @@ def _traffic(alive: Sequence[Object], summary: Object) -> list[Finding]:
         good_unless(
             "every proxy tells viz its metrics",
             [*stale, *failing],
-            "`kubectl -n mantle logs deployment/mantle-viz -c viz` says why",
+            f"`kubectl -n {data.control_namespace} logs deployment/mantle-viz -c viz` says why",
             id="traffic-known",
         ),
         good_unless(

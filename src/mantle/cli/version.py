@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -86,7 +87,12 @@ def _on_cluster(cluster: Cluster) -> dict[str, str] | None:
 
     from mantle.cli.kube_client import Refused
 
-    path = "/api/v1/namespaces/mantle/configmaps/mantle-config"
+    namespace = "mantle"
+    with suppress(Refused):  # who may not list namespaces can still look into the usual one
+        labelled = {"labelSelector": "mantle.dev/is-control-plane=true"}
+        for found in cluster.client.get("/api/v1/namespaces", labelled).get("items") or ():
+            namespace = found["metadata"]["name"]
+    path = f"/api/v1/namespaces/{namespace}/configmaps/mantle-config"
     try:
         values = json.loads(cluster.client.get(path)["data"]["values"])
         version = str(values["version"])
@@ -96,4 +102,4 @@ def _on_cluster(cluster: Cluster) -> dict[str, str] | None:
             return None
         raise Failure(f"the mesh's version cannot be read: {refused.answer.message}") from refused
     except (ValueError, KeyError, TypeError) as error:
-        raise Failure("ConfigMap mantle/mantle-config has no version", fix="run `mantle upgrade`") from error
+        raise Failure(f"ConfigMap {namespace}/mantle-config has no version", fix="run `mantle upgrade`") from error
