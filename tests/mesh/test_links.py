@@ -162,6 +162,26 @@ def test_calls_of_one_connection_outlive_the_certificates_of_both_sides(tmp_path
         assert client.log().count("certified") >= 4 and web.log().count("certified") >= 4
 
 
+def test_an_identity_that_was_restarted_certifies_proxies_that_run(tmp_path: Path, mantle_proxy: Path) -> None:
+    """While it is away renewals fail and certificates stay; once it is back nobody has to start a proxy anew."""
+    fast = {"IDENTITY_MIN_REFRESH": "1s", "IDENTITY_MAX_REFRESH": "2s"}
+
+    def refreshes(pod: Pod, result: str) -> float:
+        return pod.metric("control_identity_cert_refreshes_total", result=result)
+
+    with Mesh(tmp_path, mantle_proxy) as mesh:
+        pods = mesh.pair({80: 8080}, env=fast)
+        mesh.start()
+        mesh.kill_plane()
+        for pod in pods:
+            wait_for(lambda pod=pod: refreshes(pod, "error") >= 1, "a renewal that fails", log=pod.log)  # type: ignore[misc]
+        before = [refreshes(pod, "ok") for pod in pods]
+        mesh.start_plane()
+        for pod, count in zip(pods, before, strict=True):
+            wait_for(lambda pod=pod, n=count: refreshes(pod, "ok") > n, "a renewal", log=pod.log)  # type: ignore[misc]
+            assert pod.proxy is not None and pod.proxy.poll() is None
+
+
 def answers(ip: str, pod: Pod) -> bool:
     with contextlib.suppress(OSError):
         pod.connect(ip, 8080, 1.0).close()
