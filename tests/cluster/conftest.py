@@ -7,13 +7,14 @@ One for each file of tests, as files leave different control planes behind: 3-4 
 import asyncio
 import inspect
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .apiserver import ApiServer, running
+from .apiserver import TOOL, ApiServer, running
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,14 @@ def pytest_configure() -> None:
     """A run that is told to end takes its API server with it: teardown runs after Ctrl-C, not after SIGTERM."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def helm() -> Path:
+    """Helm's program; built from Go modules on the first use on a machine."""
+    done = subprocess.run([TOOL, "helm"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,48 +1,19 @@
-"""The chart renders to what `mantle install` prints, given the same values and trust; and takes no value it ignores."""
+"""The chart renders to what `mantle install` prints, given the same values and trust; and takes no value it ignores.
+
+Here with the few forms of expression that the chart has; with Helm itself in tests/cluster/test_helm.py.
+"""
 
 import hashlib
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
+from chart_play import GIVEN, VALUES, expected, given, yaml
 
 from mantle.manifests.config import InstallValues, load
 from mantle.manifests.helm import HOLES, chart
-from mantle.manifests.render import Object, TrustMaterial, identify, install_objects
-
-TRUST = TrustMaterial("ROOTS\n  of: two {lines}\n", "CERT\n", "KEY\n")
-GIVEN = {
-    "installNamespace": True,
-    "identity": {"trustAnchorsPEM": TRUST.roots, "issuer": {"crtPEM": TRUST.issuer, "keyPEM": TRUST.issuer_key}},
-}
-VALUES = {
-    "defaults": InstallValues(),
-    "ha, experimental, a registry": load(
-        {"ha": True, "tls": "optional", "registry": "r.example/x", "proxy": {"opaquePorts": "25,80"}}
-    ),
-    "an external issuer": InstallValues(external_issuer=True),
-}
-
-
-def expected(values: InstallValues) -> list[Object]:
-    trust = replace(TRUST, issuer="", issuer_key="") if values.external_issuer else TRUST
-    return sorted(install_objects(values, trust), key=identify)
-
-
-def yaml(text: str) -> list[Object]:
-    return [document for document in YAML(typ="safe", pure=True).load_all(text) if document]
-
-
-def given(values: InstallValues) -> dict[str, object]:
-    """What a user of the chart gives: the trust."""
-    if not values.external_issuer:
-        return GIVEN
-    return {"installNamespace": True, "identity": {"trustAnchorsPEM": TRUST.roots}}
+from mantle.manifests.render import Object, identify
 
 
 def rendered(files: dict[str, str], above: dict[str, object], namespace: str) -> list[Object]:
@@ -109,25 +80,3 @@ def test_no_mark_is_left_and_no_value_smuggles_an_expression_in():
     assert hashlib.sha256(b"mark-trust-anchors").hexdigest() not in text
     with pytest.raises(ValueError, match="would take for an expression"):
         chart(load({"proxy": {"logLevel": "{{ .Values.identity.issuer.keyPEM }}"}}))
-
-
-@pytest.mark.may_skip("helm is no dependency of ours; the test above says the same with the forms it knows")
-@pytest.mark.parametrize("name", VALUES)
-def test_helm_itself_renders_it_the_same(name, tmp_path: Path):
-    helm = shutil.which("helm")
-    if helm is None:
-        pytest.skip("no helm on PATH")
-    values = VALUES[name]
-    for path, text in chart(values).items():
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text(text)
-    (tmp_path / "given.json").write_text(json.dumps(given(values)))
-    command = [helm, "template", "m", str(tmp_path), "-n", "mantle", "--kube-version", "1.33"]
-    command += ["-f", str(tmp_path / "given.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert sorted(yaml(done.stdout), key=identify) == expected(values)
-    unknown = subprocess.run([*command, "--set", "ha=true"], capture_output=True, text=True, timeout=60)
-    assert unknown.returncode != 0 and "ha" in unknown.stderr
-    without = subprocess.run(command[:-2], capture_output=True, text=True, timeout=60)
-    assert "give identity.trustAnchorsPEM" in without.stderr

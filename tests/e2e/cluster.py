@@ -7,6 +7,8 @@
     cluster env                            shell lines: eval "$(cluster env)" gives KUBECONFIG and a matching kubectl
     cluster load-image ARCHIVE...          load docker-save or OCI archives
     cluster node CMD...                    run a command inside the node (ctr -n k8s.io c ls, iptables-save, ip a)
+    cluster build                          build what is missing of Kubernetes and Helm, and start nothing
+    cluster helm                           where Helm is; builds it if it is missing
 
 `up` gives etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubelet, kube-proxy, containerd, CNI and
 CoreDNS. It needs root, and there is one on a machine. `up --api-only` gives etcd, kube-apiserver and
@@ -54,7 +56,7 @@ from common import (
     say,
 )
 from config import commands, write_config
-from parts import PACKAGES, bin_dir, install_packages, without, write_pause
+from parts import PACKAGES, bin_dir, helm_bin, install_packages, without, write_pause
 
 # What kubelet insists on writing to kernel-wide settings. Shown to it as already set, so the host's stay untouched.
 FAKE_SYSCTLS = {
@@ -367,7 +369,7 @@ def load(*archives):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in ("up", "down", "status", "env", "load-image", "node", "build"):
+    for name in ("up", "down", "status", "env", "load-image", "node", "build", "helm"):
         s = sub.add_parser(name)
         if name == "up":
             s.add_argument(
@@ -384,7 +386,9 @@ def main():
     if args.command == "node":
         os.execvp("nsenter", node_argv(*args.rest))
     if args.command == "build":
-        return say(str(bin_dir()))
+        return say(f"{bin_dir()}, {helm_bin()}")
+    if args.command == "helm":
+        return print(helm_bin())
     if args.command == "down" or (args.command == "up" and not args.api_only):  # one at a time; ends with this process
         CACHE.mkdir(parents=True, exist_ok=True)
         lock = open(CACHE / "cluster.lock", "w")

@@ -12,6 +12,7 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / "
 STATE = pathlib.Path(os.environ.get("MANTLE_E2E_STATE") or ("/var/lib/mantle-e2e" if ROOT else CACHE / "state"))
 PKI, LOG, CONF = STATE / "pki", STATE / "log", STATE / "conf"
 VERSION = "1.33.13"  # keep in step with kube/go.mod
+HELM_VERSION = "3.18.6"
 COMPONENTS = [
     "etcd",
     "kube-apiserver",
