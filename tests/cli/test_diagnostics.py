@@ -150,6 +150,24 @@ def test_the_certificates_of_a_cluster_come_through_viz(views: FakeViews, tmp_pa
         ("other", {"resource": "namespace", "name": ""}),
     ]
     views.answers["certificates"] = {"certificates": [row, {"namespace": "a", "pod": "b", "error": "no answer"}]}
-    ended = mantle("identity po")
-    assert (ended.exit_code, ended.stdout) == (1, "")
-    assert "error: a/b: no answer\n" in ended.stderr
+    for line in ("identity po", "identity po -o json"):
+        ended = mantle(line)
+        assert (ended.exit_code, ended.stdout) == (1, "")
+        assert "error: a/b: no answer\n" in ended.stderr
+
+
+def test_the_certificates_of_several_pods(views: FakeViews) -> None:
+    shown = Certificate("web.emojivoto.serviceaccount.identity.mantle.cluster.local")
+    row = {"namespace": "emojivoto", "pod": "web-1", "pem": shown.pem.decode()}
+    views.answers["certificates"] = {"certificates": [row]}
+    ended = mantle("identity web-1 pod/web-2 deploy/emoji -n emojivoto")
+    assert [line for line in ended.stdout.splitlines() if line.startswith("POD ")] == [
+        f"POD web-1 ({number} of 3)" for number in (1, 2, 3)
+    ]
+    assert [query["resource"] + "/" + query["name"] for _, _, query in views.asked] == [
+        "pod/web-1",
+        "pod/web-2",
+        "deployment/emoji",
+    ]
+    assert mantle("identity deploy web -n emojivoto").exit_code == 0
+    assert views.asked[-1][2] == {"resource": "deployment", "name": "web"}

@@ -1,4 +1,4 @@
-"""`mantle identity POD|deploy/NAME`: the certificate a workload uses now, as its proxy shows it to every peer."""
+"""`mantle identity POD…|deploy/NAME`: the certificate a workload uses now, as its proxy shows it to every peer."""
 
 from __future__ import annotations
 
@@ -22,33 +22,52 @@ KINDS = (*WORKLOADS, "namespace", "pod")
 
 
 @mesh_command(selects="Al")
-@click.argument("resource", nargs=-1, metavar="POD|KIND[/NAME]")
+@click.argument("resource", nargs=-1, metavar="POD|KIND[/NAME]…")
 @click.option("--pem", is_flag=True, help="Only the certificates, in PEM.")
 def command(flags: Globals, resource: tuple[str, ...], pem: bool) -> None:
     """Show the certificate that a workload uses now.
 
     \b
-    mantle identity web-6f5d-x2x7q      one pod
+    mantle identity web-6f5d-x2x7q      one pod, or several
     mantle identity deploy/web          every pod of a deployment
     mantle identity -l app=web          every pod with this label
     """
     output = flags.output_of("table", "json")
     if not resource and not (flags.selector or flags.all_namespaces):
         raise click.UsageError("name a pod or a workload, or select pods with -l")
-    one_pod = len(resource) == 1 and "/" not in resource[0] and resource[0].lower() not in ALL_KINDS
-    target = Resource("pod", *resource) if one_pod or not resource else parse(resource, KINDS)
+    targets, selector = meant(resource), checked_selector(flags)
     mesh = target_of(flags, json=output == "json")
-    if isinstance(mesh, Machine) and not (flags.selector or flags.all_namespaces):
-        shown = _on_machine(mesh, target, flags.namespace or mesh.default_namespace)
-    else:
-        shown = _by_viz(mesh, target, namespace_of(flags, mesh), checked_selector(flags))
+    shown: list[tuple[str, LiveCertificate]] = []
+    problems: list[Problem] = []
+    for target in targets:
+        try:
+            if isinstance(mesh, Machine) and not (selector or flags.all_namespaces):
+                shown += _on_machine(mesh, target, flags.namespace or mesh.default_namespace)
+            else:
+                shown += _by_viz(mesh, target, namespace_of(flags, mesh), selector)
+        except Failure as failure:
+            problems += failure.problems
     if pem:
         write("".join(certificate.pem for _, certificate in shown))
-    elif output == "json":
+    elif output == "json" and (shown or not problems):
         write(json_text([object_of(name, certificate) for name, certificate in shown]))
-    else:
+    elif output == "table":
         now = datetime.now(UTC)
         write("".join(page(name, number, len(shown), c, now) for number, (name, c) in enumerate(shown, 1)))
+    if problems:
+        raise Failure.of(problems)
+
+
+def meant(words: Sequence[str]) -> list[Resource]:
+    """What the words name: pods by their names alone, `KIND/NAME` each, or `KIND NAME`; no word: every pod. Raises
+    `click.UsageError`.
+    """
+    if not words:
+        return [Resource("pod")]
+    kinds = [word for word in words if "/" not in word and word.partition(".")[0].lower() in ALL_KINDS]
+    if kinds and len(words) <= 2:
+        return [parse(words, KINDS)]
+    return [parse([word], KINDS) if "/" in word or word in kinds else Resource("pod", word) for word in words]
 
 
 def _on_machine(mesh: Machine, target: Resource, namespace: str) -> list[tuple[str, LiveCertificate]]:

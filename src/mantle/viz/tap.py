@@ -61,11 +61,11 @@ def choose(world: World, query: TapQuery) -> list[Pod]:
             f"{len(pods)} {'pod' if len(pods) == 1 else 'pods'} found, but not in the mesh: {names}",
             "remove `mantle.dev/inject: disabled` and apply again",
         )
-    known = sorted({pod.key.namespace for pod in snapshot.pods.values()})
     raise NothingToTap(
         f"no pods to tap for type={query.target.kind} name={query.target.name} in {where}"
         + (" with the labels of -l" if query.selector else ""),
-        f"choose the namespace with -n; namespaces with pods: {', '.join(known) or 'none'}",
+        # Not which namespaces there are: who asks may be allowed to see this one only.
+        "choose the namespace with -n, or all with -A",
     )
 
 
