@@ -1,8 +1,12 @@
-"""Requests to a Kubernetes API server as the CLI makes them: few, in order, with the standard library only.
+"""Requests to a Kubernetes API server as the CLI makes them: few, with the standard library only.
 
 Importing a client library costs a command more than its whole time to start, and nothing here watches or caches. Every
 failure is a `Failure` that names what the server said. What a request means is the caller's; the views of the mesh are
 in `target.py`.
+
+Questions follow each other on a connection that is kept, as its handshake costs more than most answers. The server may
+end it at any moment: such a question is asked once more, on a new one. What changes something must not be sent twice,
+so it has a connection of its own.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ import json
 import os
 import ssl
 import subprocess
+import time
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
@@ -27,6 +33,12 @@ CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
 PLUGIN_SECONDS = 120.0
 """A credential plugin may open a browser and wait for its user."""
+KEPT_SECONDS = 10.0
+"""An idle connection is used again within this time: what lies between may forget it without a word after a while."""
+REVIEWS = "/apis/authorization.k8s.io/"
+"""What is posted there is a question, too: nothing is stored."""
+ENDED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""How a connection shows that its server has ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +60,29 @@ class Refused(Exception):
         self.answer = answer
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    payload: bytes | None
+    timeout: float | None
+
+    def is_question(self) -> bool:
+        """Whether it may be sent twice."""
+        return self.method == "GET" or REVIEWS in self.target
+
+
 class KubeClient:
-    """A client of one API server with one set of credentials. Each request is a connection of its own."""
+    """A client of one API server with one set of credentials."""
 
     def __init__(self, access: Access) -> None:
         self.access = access
         self._context: ssl.SSLContext | None = None
         self._ready: Access | None = None
+        self._idle: list[tuple[float, HTTPConnection]] = []
+        """At most one, with the time since when (`time.monotonic`): its last answer was read to its end."""
+        weakref.finalize(self, _close, self._idle)
 
     def get(self, path: str, query: Mapping[str, str | int] | None = None) -> Any:
         """The decoded JSON answer of a GET. Raises `Refused` for an error answer, `Failure` if there is none."""
@@ -92,34 +120,48 @@ class KubeClient:
         access = self._with_credentials()
         payload = None if body is None else json.dumps(body).encode()
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        target = urlsplit(access.server).path.rstrip("/") + path + (f"?{urlencode(query)}" if query else "")
         headers = _headers(access, kind if payload is not None else None)
-        with closing(self._connection(access)) as connection:
-            try:
-                base = urlsplit(access.server).path.rstrip("/")
-                connection.connect()
-                connection.sock.settimeout(timeout)
-                connection.putrequest(method, base + path + (f"?{urlencode(query)}" if query else ""))
-                for name, value in headers:
-                    connection.putheader(name, value)
-                if payload is not None:
-                    connection.putheader("Content-Length", str(len(payload)))
-                connection.endheaders(payload)
-                response = connection.getresponse()
-            except ssl.SSLError as error:
-                raise Failure(
-                    f"the API server {access.server} is not who context {access.context!r} expects: "
-                    f"{getattr(error, 'verify_message', '') or error.reason or error}",
-                    fix="check server, certificate-authority and tls-server-name of the kubeconfig",
-                ) from error
-            except (OSError, HTTPException) as error:
-                raise Failure(
-                    f"the API server {access.server} (context {access.context!r}) does not answer: {error}",
-                    fix="check that the cluster runs, or choose another with --context",
-                ) from error
-            with response:
-                if response.status >= 400:
-                    raise Refused(_answer(response.status, response.read()))
-                yield response
+        try:
+            connection, response = self._send(access, _Request(method, target, headers, payload, timeout))
+        except ssl.SSLError as error:
+            raise Failure(
+                f"the API server {access.server} is not who context {access.context!r} expects: "
+                f"{getattr(error, 'verify_message', '') or error.reason or error}",
+                fix="check server, certificate-authority and tls-server-name of the kubeconfig",
+            ) from error
+        except (OSError, HTTPException) as error:
+            raise Failure(
+                f"the API server {access.server} (context {access.context!r}) does not answer: {error}",
+                fix="check that the cluster runs, or choose another with --context",
+            ) from error
+        try:
+            if response.status >= 400:
+                raise Refused(_answer(response.status, response.read()))
+            yield response
+        finally:
+            end_was_read = response.isclosed()
+            if end_was_read and not response.will_close and not self._idle:
+                self._idle.append((time.monotonic(), connection))
+            else:
+                response.close()
+                connection.close()
+
+    def _send(self, access: Access, request: _Request) -> tuple[HTTPConnection, HTTPResponse]:
+        """The head of the answer, and the connection it comes on. Raises what the connection does."""
+        if request.is_question() and (kept := self._kept()) is not None:
+            with suppress(*ENDED):
+                return kept, _exchange(kept, request)
+        connection = self._connection(access)
+        return connection, _exchange(connection, request)
+
+    def _kept(self) -> HTTPConnection | None:
+        while self._idle:
+            since, connection = self._idle.pop()
+            if time.monotonic() - since < KEPT_SECONDS:
+                return connection
+            connection.close()
+        return None
 
     def _with_credentials(self) -> Access:
         """The access with what its credential plugin gave, asked once."""
@@ -151,6 +193,29 @@ class _NamedConnection(HTTPSConnection):
     def connect(self) -> None:
         HTTPConnection.connect(self)
         self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._name)
+
+
+def _exchange(connection: HTTPConnection, request: _Request) -> HTTPResponse:
+    """Sends a request and reads the head of its answer. A connection on which that fails is closed."""
+    try:
+        if connection.sock is None:
+            connection.connect()
+        connection.sock.settimeout(request.timeout)
+        connection.putrequest(request.method, request.target)
+        for name, value in request.headers:
+            connection.putheader(name, value)
+        if request.payload is not None:
+            connection.putheader("Content-Length", str(len(request.payload)))
+        connection.endheaders(request.payload)
+        return connection.getresponse()
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _close(idle: list[tuple[float, HTTPConnection]]) -> None:
+    for _, connection in idle:
+        connection.close()
 
 
 def _tls(access: Access) -> ssl.SSLContext:
