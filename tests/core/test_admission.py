@@ -192,6 +192,22 @@ def test_without_a_token_of_its_own_the_pod_is_meshed_and_that_is_said():
     assert not decision.note.warning
 
 
+def test_a_probe_that_only_meets_the_proxy_is_named():
+    def probing(**probe: object) -> list[dict[str, object]]:
+        ports = [{"name": "db", "containerPort": 5432}]
+        return [{"name": "app", "image": "a", "ports": ports, "readinessProbe": probe}]
+
+    decision = decided(pod(ENABLED, containers=probing(tcpSocket={"port": "db"})))
+    assert "its tcpSocket probes (port 5432) are answered by the proxy" in decision.note.message
+    assert "use httpGet, grpc or exec" in decision.review["response"]["warnings"][0]
+    skipped = ENABLED | {"config.mantle.dev/skip-inbound-ports": "5000-6000"}
+    calm = [
+        decided(pod(skipped, containers=probing(tcpSocket={"port": 5432}))),
+        decided(pod(ENABLED, containers=probing(httpGet={"port": 5432}))),
+    ]
+    assert not any("tcpSocket" in each.note.message for each in calm)
+
+
 @pytest.mark.parametrize("level", ["baseline", "restricted"])
 def test_a_namespace_that_will_refuse_the_redirect_is_named_with_the_fix(level):
     decision = decided(pod(ENABLED), namespace(labels={"pod-security.kubernetes.io/enforce": level}))

@@ -232,6 +232,12 @@ def _injected_note(
         message += f"; the {PROXY} it came with was made anew with the mesh's current settings"
     if result.udp_ports:
         warnings.append("it declares UDP ports, which bypass the mesh")
+    if result.tcp_probes:
+        ports = ", ".join(map(str, result.tcp_probes))
+        warnings.append(
+            f"its tcpSocket probes (port {ports}) are answered by the proxy, whether the application listens or not; "
+            "use httpGet, grpc or exec"
+        )
     level = ((namespace.get("metadata") or {}).get("labels") or {}).get(POD_SECURITY)
     if level in ("baseline", "restricted"):
         warnings.append(

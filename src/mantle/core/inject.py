@@ -32,6 +32,7 @@ from mantle.core.annotations import (
     TRUST_ROOT_SHA256,
     Config,
     Mistake,
+    port_ranges,
     read_config,
 )
 from mantle.core.inject_containers import (
@@ -50,7 +51,15 @@ from mantle.core.inject_containers import (
 from mantle.core.inject_optional import VOLUMES as OPTIONAL_VOLUMES
 from mantle.core.inject_optional import accept_migration, make_optional, names_of, owner_for, tls_mistakes
 from mantle.core.optional_names import LABEL_TLS, OPTIONAL, OWNER
-from mantle.core.pod_facts import Skip, containers, has_udp_ports, inbound_ports, obstacles, opaque_ports
+from mantle.core.pod_facts import (
+    Skip,
+    containers,
+    has_udp_ports,
+    inbound_ports,
+    obstacles,
+    opaque_ports,
+    probed_ports,
+)
 from mantle.core.proxy_env import Subject, Values, environment
 
 Object = dict[str, Any]
@@ -63,6 +72,8 @@ class Injected:
     pod: Object
     udp_ports: bool = False
     """The pod declares UDP ports: they are not redirected, and people are told."""
+    tcp_probes: tuple[int, ...] = ()
+    """Ports that `tcpSocket` probes ask, and the proxy answers: people are told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +158,14 @@ def inject_pod(
         metadata["annotations"][ADDED] = ",".join(sorted(added))
     if mistakes := _apply_tls(result, ns_metadata, owner, config, values):
         return Refused(mistakes)
-    return Injected(result, has_udp_ports(spec))
+    return Injected(result, has_udp_ports(spec), _answered_by_proxy(spec, config))
+
+
+def _answered_by_proxy(spec: Mapping[str, Any], config: Config) -> tuple[int, ...]:
+    """The ports at which a `tcpSocket` probe meets the proxy, whether the application listens or not."""
+    skipped = port_ranges(config.get("skip-inbound-ports", ""))
+    probed = probed_ports(spec, "tcpSocket")
+    return tuple(port for port in probed if not any(low <= port <= high for low, high in skipped))
 
 
 def _apply_tls(

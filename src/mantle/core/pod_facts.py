@@ -82,12 +82,22 @@ def has_udp_ports(spec: Mapping[str, Any]) -> bool:
 
 def inbound_ports(spec: Mapping[str, Any]) -> tuple[int, ...]:
     """Every TCP port the pod says it serves: container ports, and the ports its probes ask. Sorted."""
+    ports = {
+        int(port["containerPort"])
+        for container in containers(spec)
+        for port in container.get("ports") or []
+        if port.get("protocol", "TCP") == "TCP"
+    }
+    return tuple(sorted(ports | set(probed_ports(spec, "httpGet", "tcpSocket", "grpc"))))
+
+
+def probed_ports(spec: Mapping[str, Any], *ways: str) -> tuple[int, ...]:
+    """The ports that probes of these ways (`httpGet`, `tcpSocket`, `grpc`) ask, names resolved. Sorted."""
     ports: set[int] = set()
     for container in containers(spec):
         named = {p["name"]: p.get("containerPort") for p in container.get("ports") or [] if "name" in p}
-        ports.update(int(p["containerPort"]) for p in container.get("ports") or [] if p.get("protocol", "TCP") == "TCP")
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            for way in ("httpGet", "tcpSocket", "grpc"):
+            for way in ways:
                 asked = ((container.get(probe) or {}).get(way) or {}).get("port")
                 number = named.get(asked, asked)
                 if isinstance(number, int):
