@@ -139,6 +139,8 @@ def test_no_rule_reads_the_issuer():
 
 def test_the_ca_is_there_in_the_experimental_mode_alone_and_restricted_too():
     assert not [o for o in OBJECTS if o["metadata"]["name"] == "mantle-ca"]
+    deployment = find(rendered(tls="optional", ha=True), "Deployment", "mantle-ca")["spec"]
+    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"}), "never two, not for a moment"
     template = pod(rendered(tls="optional", ha=True), "ca")
     assert {"mantle-init", "mantle-guard", "mantle-proxy", "ca"} == set(containers(template))
     assert template["spec"]["automountServiceAccountToken"] is False

@@ -178,6 +178,8 @@ def _workload(
         spread, *beside = _read("cluster/ha.yml", known)
         result = _merged(result, spread)
     result["spec"]["replicas"] = 1 if component in ALONE else values.running
+    if component in ALONE:
+        result["spec"]["strategy"] = {"type": "Recreate"}  # a rolling update has two for a moment
     template = result["spec"]["template"]
     if values.image_pull_secrets:
         template["spec"]["imagePullSecrets"] = [{"name": name} for name in values.image_pull_secrets]
