@@ -8,19 +8,22 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from viz_play import WEB, FakeProxies, FakeSource
+from viz_play import MESHED, SECURE, WEB, FakeProxies, FakeSource, series
 
-from mantle.core.model import Snapshot
+from mantle.core.model import Key, Owner, Pod, Snapshot
 from mantle.core.names import MeshNames
 from mantle.platform.port import TokenClaims, TokenRejected
 from mantle.viz import api, app
 from mantle.viz.api import Api
+from mantle.viz.mesh import subject_of
+from mantle.viz.source import Point, Traffic
 from mantle.viz.world import World
 
 
@@ -177,3 +180,23 @@ def test_the_command_line_of_the_manifest() -> None:
     )
     assert options.api == Path("/run/mantle/control/viz.sock")
     assert (options.admin_host, options.admin_port, options.router) == ("0.0.0.0", 9995, ("10.203.0.1",))
+
+
+def test_calls_to_the_control_plane_are_told_by_the_namespace_of_viz_itself() -> None:
+    """As `mantle install -n mesh` makes it."""
+    web = replace(WEB, ip="10.9.0.2")
+    pod = Pod(Key("mesh", "identity-1"), "2", "10.9.0.1", "x", Owner("Deployment", "identity"), MESHED, ready=True)
+
+    class Calls(FakeSource):
+        async def traffic(self, window_seconds: float) -> Traffic:
+            by_web = {"client_ip": web.ip, "port": "8080", "tls": "true", "client_id": SECURE["server_id"]}
+            return Traffic(60.0, (Point(subject_of(pod), series("mantle_edge_clients_total", **by_web), 5),))
+
+    async def run() -> list[tuple[str, str]]:
+        world, source = World(own=Key("mesh", "viz-1")), Calls()
+        await world.set(Snapshot(1, {web.key: web, pod.key: pod}))
+        ask = Api(world, source, FakeProxies(), source).edges
+        assert (await ask({"namespace": "emojivoto"}))["edges"] == []
+        return [(row["src"], row["dst"]) for row in (await ask({"namespace": "mesh"}))["edges"]]
+
+    assert asyncio.run(run()) == [("web", "identity")]

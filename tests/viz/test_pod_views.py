@@ -78,6 +78,8 @@ DISCOVERY = FakeDiscovery()
         ({"resource": "pod", "selector": "app=web"}, ["web-1", "web-2"]),
         ({"resource": "service", "name": "web-svc"}, ["web-1", "web-2"]),
         ({"resource": "namespace"}, ["emoji-1", "web-1", "web-2"]),
+        ({"resource": "namespace", "name": "emojivoto"}, ["emoji-1", "web-1", "web-2"]),
+        ({"resource": "namespace", "name": "other", "all": "1"}, ["web-1"]),
         ({"resource": "pod", "name": "web-1", "all": "1"}, ["web-1", "web-1"]),
     ],
 )
@@ -103,6 +105,7 @@ def test_a_proxy_that_does_not_answer_hides_no_other() -> None:
     [
         ({"resource": "pod", "name": "plain-1"}, "no pod of pod/plain-1 in namespace emojivoto is in the mesh"),
         ({"resource": "pod", "name": "gone"}, "there is no pod of pod/gone in namespace emojivoto"),
+        ({"resource": "namespace", "name": "other"}, "namespace other is asked for in namespace emojivoto"),
         ({"resource": "thing", "selector": "a=("}, "resource is 'thing'; the selector has 'a=('"),
     ],
 )

@@ -68,7 +68,8 @@ class Api:
         fields.done()
         addresses = self._world.addresses
         traffic = selected.with_an_end(await self._source.traffic(window), addresses.pods, labels)
-        rows = edges.edge_rows(traffic, addresses, edges.EdgeQuery(kind, namespace))
+        control = self._world.own.namespace if self._world.own else "mantle"
+        rows = edges.edge_rows(traffic, addresses, edges.EdgeQuery(kind, namespace, control))
         return {"edges": rows, "window_seconds": traffic.seconds}
 
     async def stat(self, asked: Mapping[str, str]) -> dict[str, Any]:

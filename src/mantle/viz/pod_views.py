@@ -90,6 +90,9 @@ class PodViews:
         kind = fields.one_of("resource", KINDS, default="pod")
         namespace, name = fields.namespace(), fields.text("name")
         selector = fields.selector()
+        if kind == "namespace" and name and namespace not in (None, name):
+            # The right that was asked for is that of `namespace`, and no other's pods may be reached with it.
+            fields.wrong(f"namespace {name} is asked for in namespace {namespace}", "name the same one, or none")
         fields.done()
         namespaces = sorted({pod.namespace for pod in self._world.snapshot.pods}) if namespace is None else [namespace]
         found = [pod for one in namespaces for pod in pods_of(self._world.snapshot, kind, name, one)]
