@@ -369,7 +369,40 @@ def test_a_namespace_that_refuses_the_init_container_is_named() -> None:
 def test_an_annotation_that_is_a_label_is_named() -> None:
     labelled = obj("shop", labels={"mantle.dev/inject": "enabled"})
     found = about_pods(replace(DATA, namespaces=[labelled]))
-    assert found["pods-labels"][0] == "warning"
+    assert found["pods-labels"] == ("warning", "namespace shop has it as a label")
+    of_service = replace(DATA, services=[obj("web", "shop", {"mantle.dev/inject": "enabled"})])
+    assert about_pods(of_service)["pods-labels"] == ("warning", "service shop/web has it as a label")
+
+
+def test_what_was_written_since_on_a_meshed_pod_or_its_namespace_is_read_once_more() -> None:
+    typo = obj("shop", annotations={"config.mantle.dev/default-inbound-policy": "all-authenticate"})
+    result, reason = about_pods(replace(DATA, namespaces=[typo]))["pods-annotations"]
+    assert result == "error"
+    assert reason.startswith("shop: namespace annotation config.mantle.dev/default-inbound-policy: 'all-authenticate'")
+    assert reason.count("is not accepted") == 1, "once, although both pods inherit it"
+    wrong = pod("web")
+    wrong["metadata"]["annotations"]["config.mantle.dev/opaque-port"] = "1"
+    result, reason = about_pods(replace(DATA, pods=[wrong]))["pods-annotations"]
+    assert reason.startswith("shop/web-1: pod annotation config.mantle.dev/opaque-port: '1'")
+
+
+@pytest.mark.parametrize(
+    ("annotations", "reason"),
+    [
+        ({"config.mantle.dev/opaque-ports": "3306", "other": "x"}, None),
+        ({"mantle.dev/inject": "enabled"}, "shop/web: mantle.dev/inject is not followed on a service"),
+        ({"config.mantle.dev/tls": "required"}, "shop/web: config.mantle.dev/tls is not followed on a service"),
+        ({"config.mantle.dev/opaque-ports": "0"}, "shop/web: config.mantle.dev/opaque-ports: '0' is not accepted"),
+    ],
+)
+def test_annotations_of_services_that_nobody_follows(annotations: dict[str, str], reason: str | None) -> None:
+    found = about_pods(replace(DATA, services=[obj("web", "shop", annotations=annotations)]))
+    if reason is None:
+        assert found == {}
+    else:
+        assert (found.keys(), found["services-annotations"][0]) == ({"services-annotations"}, "warning")
+        assert found["services-annotations"][1].startswith(reason)
+    assert about_pods(replace(DATA, services=FORBIDDEN)).keys() == {"services-annotations"}
 
 
 @pytest.mark.parametrize(

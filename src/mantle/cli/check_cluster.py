@@ -93,7 +93,8 @@ def pre(cluster: Cluster, namespace: str) -> list[Category]:
         wishes,
         _aggregation(ask),
     )
-    found.append(_networks(ask, InstallValues().networks, ask.list("/api/v1/pods"), installing=True))
+    everything = (ask.list(f"/api/v1/{kind}") for kind in ("nodes", "services", "pods"))
+    found.append(checks_networks.networks(InstallValues().networks, *everything, installing=True))
     return [("kubernetes", checks_cluster.kubernetes(api)), ("before installation", found)]
 
 
@@ -118,7 +119,9 @@ def installed(cluster: Cluster, home: str | None, only: str | None, *, proxies: 
     categories.append(("certificates", checks_cluster.certificates(trust, now, namespace)))
     categories.append(("injector and views", checks_cluster.webhook(trust, namespace)))
     data = _data(ask, cluster, namespace, only, values, roots_pem, proxies)
-    networks = _networks(ask, values.networks, data.pods, installing=False)
+    networks = checks_networks.networks(
+        values.networks, ask.list("/api/v1/nodes"), data.services, data.pods, installing=False
+    )
     categories.append(("pods", [*checks_pods.pods(data), networks]))
     if proxies:
         categories.append(("data plane", checks_pods.data_plane(data, now)))
@@ -424,13 +427,9 @@ def _data(
         version=values.version,
         summary=summary,
         control_namespace=namespace,
+        services=ask.list("/api/v1/services"),
         namespace=only,
     )
-
-
-def _networks(ask: _Ask, known: Sequence[str], pods: Listed, *, installing: bool) -> Finding:
-    nodes, services = ask.list("/api/v1/nodes"), ask.list("/api/v1/services")
-    return checks_networks.networks(known, nodes, services, pods, installing=installing)
 
 
 def _text(config: Object | Unread | None, key: str) -> str | Unread:

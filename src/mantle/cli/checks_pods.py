@@ -33,7 +33,7 @@ from mantle.cli.checks_objects import (
     state_of,
     unread,
 )
-from mantle.core.annotations import INJECT, PROXY_VERSION
+from mantle.core.annotations import INJECT, PREFIX, PROXY_VERSION, read_config
 from mantle.core.inject import Injected, Refused, inject_pod, uninject_pod
 from mantle.core.inject_containers import INIT
 from mantle.core.optional_names import LABEL_TLS, OPTIONAL
@@ -45,6 +45,8 @@ YOUNG = timedelta(seconds=15)
 HARMLESS = frozenset({"loopback"})
 """Reasons of traffic that never leaves a pod."""
 SYSTEM = ("kube-system", "kube-node-lease", "kube-public")
+OF_SERVICES = frozenset({f"{PREFIX}opaque-ports"})
+"""What a Service may say to its clients' proxies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Data:
     version: str
     summary: Object | Unread
     control_namespace: str
+    services: Listed = ()
     namespace: str | None = None
     """Whose pods are asked about; None: those of all. `pods` has all, as traffic has two ends."""
 
@@ -65,6 +68,13 @@ class Data:
         """The pods that are asked about and are not over; none if they cannot be read."""
         every = [] if isinstance(self.pods, Unread) else alive(self.pods)
         return [pod for pod in every if self.namespace in (None, pod["metadata"]["namespace"])]
+
+    def asked_services(self) -> list[Object]:
+        every = [] if isinstance(self.services, Unread) else self.services
+        return [service for service in every if self.namespace in (None, service["metadata"]["namespace"])]
+
+
+NOTHING: Object = {"metadata": {}}
 
 
 def pods(data: Data) -> list[Finding]:
@@ -76,6 +86,7 @@ def pods(data: Data) -> list[Finding]:
         *_outside(data, namespaces),
         _refused_by_policy(data, namespaces),
         _labels_for_annotations(data, namespaces),
+        _of_services(data),
     ]
 
 
@@ -153,10 +164,15 @@ def _outside(data: Data, namespaces: Mapping[str, Object]) -> list[Finding]:
     description = "every pod that should be in the mesh is"
     if isinstance(data.values, Unread):
         return [unread(description, data.values, "pods-meshed")]
-    missed, mistaken = [], []
+    missed: list[str] = []
+    mistaken: list[str] = []
     for pod in data.asked():
         namespace = pod["metadata"]["namespace"]
-        if has_proxy(pod) or namespace in (*SYSTEM, data.control_namespace):
+        if has_proxy(pod):  # what was written since is followed while it runs, too
+            _, mistakes = read_config(annotations_of(pod), annotations_of(namespaces.get(namespace, NOTHING)))
+            mistaken += [f"{full_of(pod) if m.where == 'pod' else namespace}: {m}" for m in mistakes]
+            continue
+        if namespace in (*SYSTEM, data.control_namespace):
             continue
         owner = owner_of(pod)
         outcome = inject_pod(uninject_pod(pod), namespaces.get(namespace, {}), data.values, owner)
@@ -174,7 +190,7 @@ def _outside(data: Data, namespaces: Mapping[str, Object]) -> list[Finding]:
         ),
         good_unless(
             "no pod asks for something that injection refuses",
-            mistaken,
+            list(dict.fromkeys(mistaken)),  # what a namespace says it says to many pods
             "correct the annotation",
             id="pods-annotations",
         ),
@@ -205,8 +221,9 @@ def _refused_by_policy(data: Data, namespaces: Mapping[str, Object]) -> Finding:
 
 def _labels_for_annotations(data: Data, namespaces: Mapping[str, Object]) -> Finding:
     """`mantle.dev/inject` is an annotation; as a label it says nothing to anybody."""
-    named = [ns for name, ns in namespaces.items() if data.namespace in (None, name)] + data.asked()
-    wrong = [f"{obj.get('kind') or 'Pod'} {full_of(obj)}" for obj in named if INJECT in labels_of(obj)]
+    named = [("namespace", ns) for name, ns in namespaces.items() if data.namespace in (None, name)]
+    named += [("pod", pod) for pod in data.asked()] + [("service", service) for service in data.asked_services()]
+    wrong = [f"{kind} {full_of(obj)}" for kind, obj in named if INJECT in labels_of(obj)]
     return good_unless(
         f"{INJECT} is nowhere a label",
         [f"{what} has it as a label" for what in wrong],
@@ -214,6 +231,24 @@ def _labels_for_annotations(data: Data, namespaces: Mapping[str, Object]) -> Fin
         Result.WARNING,
         id="pods-labels",
     )
+
+
+def _of_services(data: Data) -> Finding:
+    """Annotations of Services that nobody follows: they were meant for pods, or cannot be read."""
+    description, id = "every annotation of a service has an effect", "services-annotations"
+    if isinstance(data.services, Unread):
+        return unread(description, data.services, id)
+    reasons = []
+    for service in data.asked_services():
+        written = annotations_of(service)
+        useless = [name for name in written if name == INJECT or (name.startswith(PREFIX) and name not in OF_SERVICES)]
+        _, mistakes = read_config({name: written[name] for name in written if name in OF_SERVICES}, {})
+        reasons += [f"{full_of(service)}: {name} is not followed on a service" for name in useless]
+        reasons += [
+            f"{full_of(service)}: {m.annotation}: {m.value!r} is not accepted; use {m.accepted}" for m in mistakes
+        ]
+    fix = "write it on the namespace or on the pods (`mantle inject` does), or correct it"
+    return good_unless(description, reasons, fix, Result.WARNING, id)
 
 
 def _leaves(inside: Sequence[Object], summary: Object, now: datetime) -> list[Finding]:
