@@ -128,6 +128,27 @@ def test_uninstall_leaves_nothing_and_names_pods_that_are_still_meshed(bare: Api
     bare.kubectl("-n", app, "delete", "pod", "web-1", "--grace-period=0", "--force")
 
 
+def test_a_namespace_that_others_live_in_is_not_uninstalled_with_them(bare: ApiServer):
+    shared = bare.new_namespace("shared")
+    template = {"metadata": {"labels": {"app": "a"}}, "spec": {"containers": [{"name": "a", "image": "a:1"}]}}
+    theirs = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "theirs", "namespace": shared}}
+    theirs["spec"] = {"selector": {"matchLabels": {"app": "a"}}, "template": template}
+    bare.kubectl("apply", "-f", "-", input=json.dumps(theirs))
+    bare.kubectl("apply", "-f", "-", input=printed(bare, "-n", shared, "install"))
+    bare.kubectl("-n", shared, "create", "secret", "generic", "mantle-viz-tls")
+    result = run(bare, "uninstall")
+    assert f"namespace {shared} stays, as it also holds deployment/theirs" in result.stderr
+    bare.kubectl("delete", "-f", "-", input=result.stdout)
+    left = bare.kubectl("-n", shared, "get", "deployments,secrets,serviceaccounts,roles", "-o", "name").split()
+    assert left == ["deployment.apps/theirs", "serviceaccount/default"]
+    said = bare.kubectl("get", "namespace", shared, "-o", "jsonpath={.status.phase}")
+    assert said == "Active"
+    # As the note says: then nothing says any more that a control plane is there.
+    for command in result.stderr.partition("control plane: ")[2].strip().split("; "):
+        bare.kubectl(*command.split()[1:])
+    assert "this cluster has no control plane" in run(bare, "uninstall").stderr
+
+
 def test_an_issuer_of_cert_managers_form_is_taken_with_its_roots_and_never_printed(bare: ApiServer):
     names = MeshNames(NS, "cluster.local")
     trust = ca_core.make_trust(names, datetime.now(UTC), (b"r" * 16, b"i" * 16))

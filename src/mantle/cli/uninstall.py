@@ -1,7 +1,8 @@
 """`mantle uninstall`: prints everything that an install left in a cluster, for `kubectl delete -f -`.
 
 With a cluster it prints what is there, found by label, whatever values it was installed with; with --offline what any
-install could have made. Pods that still have a proxy are named on standard error.
+install could have made. Pods that still have a proxy are named on standard error. A namespace that holds workloads of
+somebody else's is not in the output: deleting it would delete them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,14 @@ def command(flags: Globals, offline: bool) -> None:
     if not found:
         raise Failure(f"nothing of Mantle's is installed in namespace {namespace}", "name its namespace with -n")
     say(inventory.still_meshed(_items(client, "/api/v1/pods", query), namespace))
+    around = ("Namespace", "", namespace)
+    there = [(kind, item) for kind in inventory.WORKLOADS for item in _items(client, kind.path_in(namespace), None)]
+    if around in found and (theirs := inventory.others(there, namespace)):
+        found.remove(around)
+        secrets = _items(client, f"/api/v1/namespaces/{namespace}/secrets", None)
+        names = {item["metadata"]["name"] for item in secrets}
+        found += [("Secret", namespace, name) for name in inventory.MADE_THERE if name in names]
+        say([inventory.staying(theirs, namespace)])
     print_objects(inventory.in_order(found), output)
 
 

@@ -25,6 +25,10 @@ class Kind:
         root = "/api/" if "/" not in self.api_version else "/apis/"
         return f"{root}{self.api_version}/{self.plural}"
 
+    def path_in(self, namespace: str) -> str:
+        """Where those of one namespace are listed."""
+        return f"{self.path.removesuffix(self.plural)}namespaces/{namespace}/{self.plural}"
+
     @property
     def pruned_as(self) -> str:
         """Its name for `kubectl apply --prune-allowlist`."""
@@ -84,6 +88,38 @@ def in_order(names: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
     places = {kind.kind: place for place, kind in enumerate(KINDS)}
     ordered = sorted(names, key=lambda name: places[name[0]])
     return [KINDS[places[kind]].reference(namespace, name) for kind, namespace, name in ordered]
+
+
+WORKLOADS: tuple[Kind, ...] = (
+    Kind("apps/v1", "Deployment", "deployments"),
+    Kind("apps/v1", "StatefulSet", "statefulsets"),
+    Kind("apps/v1", "DaemonSet", "daemonsets"),
+    Kind("batch/v1", "CronJob", "cronjobs"),
+    Kind("batch/v1", "Job", "jobs"),
+    Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims"),
+)
+"""What somebody would miss if the namespace around it were deleted."""
+MADE_THERE = ("mantle-injector-tls", "mantle-viz-tls")
+"""Secrets that the control plane's programs made. They have no label of an install, and end with the namespace."""
+
+
+def others(listed: Iterable[tuple[Kind, Mapping[str, Any]]], namespace: str) -> tuple[str, ...]:
+    """What of the objects in the control namespace is not the control plane's, as `kind/name`."""
+    return tuple(
+        f"{kind.kind.lower()}/{obj['metadata']['name']}"
+        for kind, obj in listed
+        if (obj["metadata"].get("labels") or {}).get(LABEL_CONTROL_NS) != namespace
+    )
+
+
+def staying(others: tuple[str, ...], namespace: str, shown: int = 20) -> str:
+    """What to tell people of a namespace that is not deleted, as it holds something of theirs."""
+    more = f" and {len(others) - shown} more" if len(others) > shown else ""
+    return (
+        f"namespace {namespace} stays, as it also holds {', '.join(others[:shown])}{more}; it keeps the labels and the "
+        f"annotation of a control plane: kubectl label namespace {namespace} mantle.dev/is-control-plane- "
+        f"{LABEL_CONTROL_NS}- mantle.dev/admission-webhooks-; kubectl annotate namespace {namespace} mantle.dev/inject-"
+    )
 
 
 def still_meshed(pods: Iterable[Mapping[str, Any]], namespace: str, shown: int = 20) -> tuple[str, ...]:
