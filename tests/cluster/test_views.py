@@ -255,6 +255,18 @@ def test_groups_count(views: Views, namespace: str) -> None:
     granted(views.mantle(f"edges deploy -n {namespace} --as dave"))
 
 
+@pytest.mark.parametrize("view", ["certificates", "proxymetrics", "policies"])
+def test_a_right_in_one_namespace_reaches_no_pod_of_another(views: Views, namespace: str, view: str) -> None:
+    """As somebody asks who writes the request by hand: one namespace in the path, another in the query."""
+    mine = views.api.new_namespace("mine")
+    views.api.kubectl("-n", mine, "create", "rolebinding", "eve", "--clusterrole=mantle-viz-view", "--user=eve")
+    path = f"/apis/tap.mantle.dev/v1alpha1/namespaces/{mine}/{view}?resource=namespace&name={namespace}&port=80"
+    words = [str(views.api.bins / "kubectl"), f"--kubeconfig={views.api.kubeconfig}", "get", "--raw", path, "--as=eve"]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert f"namespace {namespace} is asked for in namespace {mine}" in ended.stderr
+
+
 def test_nobody_but_the_api_server_says_who_asks(views: Views) -> None:
     url = f"https://{views.host}:{views.port}/apis/tap.mantle.dev/v1alpha1/edges"
     headers = ["-H", "X-Remote-User: admin", "-H", "X-Remote-Group: system:masters"]

@@ -110,7 +110,7 @@ def test_the_injector_is_down_open_namespaces_go_on_and_closed_ones_wait(faults:
         faults.kubectl("scale", "-n", "mantle", "deploy/mantle-injector", "--replicas=1")
         faults.rolled_out("mantle", "mantle-injector")
     said = faults.mantle("check", code=None)
-    assert "plain" in said, "check names the pod that should be meshed and is not"
+    assert f"{NAMESPACE}/plain" in said, "check names the pod that should be meshed and is not"
     faults.kubectl("delete", "pod", "-n", NAMESPACE, "plain")
 
 
