@@ -1,8 +1,9 @@
 """`make test`: lint, the Rust tests, the Python tests (real proxies in real namespaces and the demo among
 them). What needs a cluster is `make e2e`.
 
-Every step runs even when an earlier one failed. The last lines are one table and, for machines, `tests: N passed, N
-failed`. Arguments go to pytest: `python scripts/test.py -k inject`. With CI=true a skipped test is a failure.
+Every step runs even when an earlier one failed. The last lines say shortly what failed (`digest.py`), then one table
+and, for machines, `tests: N passed, N failed`. Arguments go to pytest: `python scripts/test.py -k inject`. With CI=true
+a skipped test is a failure.
 """
 
 import os
@@ -15,8 +16,10 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = os.environ.get("MANTLE_TEST_WORKERS", "4")
@@ -25,13 +28,16 @@ WORKERS = os.environ.get("MANTLE_TEST_WORKERS", "4")
 
 @dataclass
 class Step:
-    """What came of one step. `failed` counts tests; a step that breaks without any counts as one."""
+    """What came of one step. `failed` counts tests; a step that breaks without any counts as one, and `failures` has
+    a few lines about each.
+    """
 
     name: str
     passed: int
     failed: int
     skipped: int
     seconds: float
+    failures: list[str] = field(default_factory=list)
 
 
 def missing_programs() -> str:
@@ -67,31 +73,33 @@ def run(name: str, command: Sequence[str], **environment: str) -> tuple[int, str
 def lint() -> Step:
     code, output, seconds = run("lint", ["scripts/lint.sh"])
     failed = len(re.findall(r"^lint: .* FAILED$", output, re.M))
-    return Step("lint", len(re.findall(r"^lint: .* ok ", output, re.M)), failed or int(code != 0), 0, seconds)
+    passed = len(re.findall(r"^lint: .* ok ", output, re.M))
+    return Step("lint", passed, failed or int(code != 0), 0, seconds, digest.of_lint(output) if code else [])
 
 
 def rust() -> Step:
-    command = ["cargo", "test", "--manifest-path", "proxy/Cargo.toml", "--workspace", "--locked"]
+    command = ["cargo", "test", "--manifest-path", "proxy/Cargo.toml", "--workspace", "--locked", "--quiet"]
     code, output, seconds = run("rust", command)
     results = re.findall(r"^test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", output, re.M)
     passed, failed, ignored = (sum(int(row[column]) for row in results) for column in range(3))
     if os.environ.get("CI") == "true":  # what CI does not run, nobody does
         failed, ignored = failed + ignored, 0
-    return Step("rust", passed, failed or int(code != 0), ignored, seconds)
+    return Step("rust", passed, failed or int(code != 0), ignored, seconds, digest.of_rust(output) if code else [])
 
 
 def python(arguments: Sequence[str], name: str = "python") -> Step:
     """Runs pytest; `arguments` say what, `name` is the step's in the summary."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "junit.xml"
-        command = [".venv/bin/pytest", "-q", f"--junit-xml={report}", "--durations=8", *arguments]
-        code, _, seconds = run(name, command)
+        command = [".venv/bin/pytest", "-q", f"--junit-xml={report}", "--durations=8", "--tb=short", *arguments]
+        code, output, seconds = run(name, command)
         suites = list(ElementTree.parse(report).getroot()) if report.exists() else []
     total, failures, errors, skipped = (
         sum(int(suite.get(key, "0")) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
     )
     failed = failures + errors
-    return Step(name, total - failed - skipped, failed or int(code != 0), skipped, seconds)
+    said = [text for suite in suites for text in digest.of_suite(suite)] or digest.of_end(output)
+    return Step(name, total - failed - skipped, failed or int(code != 0), skipped, seconds, said if code else [])
 
 
 def without_cluster(arguments: Sequence[str]) -> Step:
@@ -125,7 +133,14 @@ def main() -> None:
 
 
 def summary(steps: Sequence[Step]) -> None:
-    """The table, the line for machines, and the end of the program."""
+    """What failed, the table, the line for machines, and the end of the program. What failed goes into the file
+    $MANTLE_FAILURES, too: for the end of a run that goes on.
+    """
+    if told := digest.together([text for step in steps for text in step.failures]):
+        print(f"\n== what failed\n{told}")
+        if where := os.environ.get("MANTLE_FAILURES"):
+            with Path(where).open("a") as file:
+                print(told, file=file)
     print("\n== summary")
     for step in steps:
         counts = f"{step.passed:5} passed {step.failed:4} failed {step.skipped:4} skipped"

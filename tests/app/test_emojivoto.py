@@ -13,19 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from free_ports import free_port
 from mantle_emojivoto.emojis import DOUGHNUT, EMOJIS, vote_method
 from mantle_emojivoto.votebot import choose
 from ruamel.yaml import YAML
 
 APP = Path(__file__).parents[2] / "apps" / "emojivoto"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 class Program:
@@ -59,7 +52,7 @@ class Urls(NamedTuple):
 
 @pytest.fixture(scope="module")
 def urls() -> Iterator[Urls]:
-    grpc1, prom1, grpc2, prom2, http = free_ports(5)
+    grpc1, prom1, grpc2, prom2, http = (free_port() for _ in range(5))
     programs = [
         Program("emoji", GRPC_PORT=str(grpc1), PROM_PORT=str(prom1)),
         Program("voting", GRPC_PORT=str(grpc2), PROM_PORT=str(prom2)),

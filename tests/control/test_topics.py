@@ -5,38 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from discovery_play import MESH, pod, snapshot
+from virtual_time import play
 
 from mantle.control.topics import KEPT_PAIRS, RECOMPUTE_INTERVAL, Topic, Topics
 from mantle.core.model import Snapshot
 from mantle.core.waves import SLICE, SLICE_PAUSE, WAVE_INTERVAL
 from mantle.core.world import World
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer instead of waiting for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._now = 1000.0
-        self._selector.select = self._jump  # type: ignore[attr-defined]
-
-    def time(self) -> float:
-        return self._now
-
-    def _jump(self, timeout: float | None = None) -> list[Any]:
-        assert timeout is not None, "nothing is ready and no timer is set: the test waits for ever"
-        self._now += max(0.0, timeout)
-        return []
-
-
-def play(script: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(script)
 
 
 def version_of(world: World) -> int:

@@ -58,5 +58,5 @@ def test_only_what_keeps_the_redirect_has_a_capability_and_nothing_runs_as_root(
 
 
 def test_the_redirect_was_seen_to_work_before_the_pod_started(cluster: Cluster) -> None:
-    pod = cluster.pods("mantle", "mantle-viz")[0]["metadata"]["name"]
+    pod = cluster.pod("mantle", "mantle-viz")
     assert "was redirected" in cluster.kubectl("logs", "-n", "mantle", pod, "-c", "mantle-init")

@@ -12,9 +12,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 def test_the_demo_shows_encrypted_traffic_and_leaves_nothing(cluster: Cluster) -> None:
     if "emojivoto" in cluster.kubectl("get", "ns", "-o", "name"):  # of a run before that kept its cluster
-        cluster.kubectl("delete", "ns", "emojivoto", "--timeout=120s", timeout=150)
+        cluster.deleted("namespace", "emojivoto")
     context = cluster.kubectl("config", "current-context").strip()
-    said = json.loads(cluster.mantle("demo", "--context", context, "--for", "6s", "-o", "json", timeout=420))
+    said = json.loads(cluster.mantle("demo", "--context", context, "--for", "15s", "-o", "json", timeout=800))
     assert (said["ok"], said["wrong"]) == (True, [])
     edges = {(edge["src"], edge["dst"]) for edge in said["edges"]}
     assert edges >= {("vote-bot", "web"), ("web", "emoji"), ("web", "voting")}

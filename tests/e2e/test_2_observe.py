@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 
 import pytest
 from e2e.stage import Cluster, until
@@ -25,38 +26,46 @@ ROUTES = {
 }
 
 
-def tapped(cluster: Cluster, *arguments: str, seconds: str = "6") -> list[re.Match[str]]:
-    """The lines of some seconds of tap, each of which must have the seeds' form to the byte."""
-    said = cluster.run("timeout", "-s", "INT", seconds, "mantle", *arguments, code=None)
-    lines = [LINE.fullmatch(line) for line in said.splitlines()]
-    wrong = [line for line, match in zip(said.splitlines(), lines, strict=True) if not match]
+WINDOW = 330.0
+"""Seconds: what was seen longer ago than `edges` looks back is no edge any more."""
+
+
+def tapped(cluster: Cluster, *arguments: str, enough: Callable[[list[re.Match[str]]], bool]) -> list[re.Match[str]]:
+    """The lines of a tap until there are enough, each of which must have the seeds' form to the byte."""
+
+    def seen(lines: list[str]) -> bool:
+        return enough([match for line in lines if (match := LINE.fullmatch(line))])
+
+    said = cluster.watched("mantle", *arguments, enough=seen)
+    lines = [LINE.fullmatch(line) for line in said]
+    wrong = [line for line, match in zip(said, lines, strict=True) if not match]
     assert not wrong, f"not a line of tap: {wrong[:3]}"
     found = [line for line in lines if line]
-    assert all(REST[line["kind"]].fullmatch(line["rest"]) for line in found), said
+    odd = [line[0] for line in found if not REST[line["kind"]].fullmatch(line["rest"])]
+    assert not odd, f"not a line of tap: {odd[:3]}"
     return found
 
 
 def test_tap_shows_the_requests_of_emojivoto_from_both_sides_all_encrypted(emojivoto: Cluster) -> None:
-    def seen() -> bool:
-        lines = tapped(emojivoto, "tap", "deploy", "-n", "emojivoto")
+    def both_sides(lines: list[re.Match[str]]) -> bool:
         requests = {(line["side"], *line["rest"].split()) for line in lines if line["kind"] == "req"}
-        assert {line["tls"] for line in lines} <= {"true", "not_provided_by_remote"}, lines
-        plain = [line for line in lines if line["tls"] != "true"]
-        assert not [line for line in plain if line["side"] == "out"], "emojivoto sends nothing outside the mesh"
         return all({r[1:] for r in requests if r[0] == side} >= ROUTES for side in ("in ", "out"))
 
-    until(seen, "requests from both sides", 60)
+    lines = tapped(emojivoto, "tap", "deploy", "-n", "emojivoto", enough=both_sides)
+    assert {line["tls"] for line in lines} <= {"true", "not_provided_by_remote"}
+    plain = [line[0] for line in lines if line["tls"] != "true" and line["side"] == "out"]
+    assert not plain, f"emojivoto sends nothing outside the mesh: {plain[:3]}"
 
 
 def test_tap_of_the_control_plane_tells_probes_from_the_mesh(cluster: Cluster) -> None:
-    def seen() -> bool:
-        lines = tapped(cluster, "-n", "mantle", "tap", "deploy")
-        probes = [line for line in lines if line["tls"] == "not_provided_by_remote"]
-        ready = [line for line in probes if line["kind"] == "req" and ":path=/ready" in line["rest"]]
-        assert all(line["side"] == "in " for line in probes), "a probe comes from outside"
+    def both_kinds(lines: list[re.Match[str]]) -> bool:
+        probes = [line for line in lines if line["tls"] == "not_provided_by_remote" and line["kind"] == "req"]
+        ready = [line for line in probes if ":path=/ready" in line["rest"]]
         return bool(ready) and any(line["tls"] == "true" for line in lines)
 
-    until(seen, "probes and requests of the mesh", 60)
+    lines = tapped(cluster, "-n", "mantle", "tap", "deploy", enough=both_kinds)
+    outside = {line["side"] for line in lines if line["tls"] == "not_provided_by_remote"}
+    assert outside == {"in "}, "a probe comes from outside"
 
 
 def rows(table: str, *columns: str) -> set[tuple[str, ...]]:
@@ -76,17 +85,18 @@ def test_edges_of_emojivoto_name_both_identities(emojivoto: Cluster) -> None:
         table = emojivoto.mantle("-n", "emojivoto", "edges", "deployment")
         return rows(table, "SRC", "DST", "CLIENT", "SERVER", "MSG") >= expected
 
-    until(seen, "the three edges", 60)
+    until(seen, "the three edges", WINDOW)
 
 
 def test_edges_of_the_control_plane_are_encrypted(cluster: Cluster) -> None:
     def seen() -> bool:
         found = rows(cluster.mantle("-n", "mantle", "edges", "deployment"), "SRC", "DST", "CLIENT", "SERVER", "MSG")
         meshed = {row for row in found if row[0].startswith("mantle-")}
-        assert {row[-1] for row in meshed} <= {"-"}, found
+        plain = sorted(row for row in meshed if row[-1] != "-")
+        assert not plain, f"not encrypted: {plain}"
         return ("mantle-viz", "mantle-destination", "mantle-viz.mantle", "mantle-destination.mantle", "-") in found
 
-    until(seen, "viz asks destination over mTLS", 60)
+    until(seen, "viz asks destination over mTLS", WINDOW)
 
 
 def test_stat_by_authority_has_the_columns_of_the_seed_and_everything_is_tls(emojivoto: Cluster) -> None:
@@ -97,10 +107,11 @@ def test_stat_by_authority_has_the_columns_of_the_seed_and_everything_is_tls(emo
         names = {"emoji-svc.emojivoto:8080", "voting-svc.emojivoto:8080", "web-svc.emojivoto:80"}
         if not names <= set(found):
             return False
-        assert {found[name][1] for name in names} == {"-"} and {found[name][-1] for name in names} == {"100%"}, found
+        shown = {name: (found[name][1], found[name][-1]) for name in names}
+        assert set(shown.values()) == {("-", "100%")}, f"MESHED and TLS: {shown}"
         return all(re.fullmatch(r"\d+\.\d\drps|\d+\.\drps", found[name][3]) for name in names)
 
-    until(seen, "three authorities", 90)
+    until(seen, "three authorities")
 
 
 def test_stat_counts_meshed_pods(emojivoto: Cluster) -> None:
@@ -108,15 +119,15 @@ def test_stat_counts_meshed_pods(emojivoto: Cluster) -> None:
         found = json.loads(emojivoto.mantle("stat", "deploy", "-n", "emojivoto", "-o", "json"))
         return bool(found)
 
-    until(seen, "stat as JSON", 60)
+    until(seen, "stat as JSON")
 
 
 def test_identity_shows_the_certificate_that_a_pod_serves(emojivoto: Cluster) -> None:
-    pod = emojivoto.pods("emojivoto", "web-")[0]["metadata"]["name"]
-    said = emojivoto.mantle("identity", "-n", "emojivoto", pod)
-    assert "web.emojivoto.serviceaccount.identity.mantle.cluster.local" in said
+    identity = "web.emojivoto.serviceaccount.identity.mantle.cluster.local"
+    pod = emojivoto.pod("emojivoto", "web-")
+    until(lambda: identity in emojivoto.mantle("identity", "-n", "emojivoto", pod), "its identity")
 
 
 def test_check_finds_nothing_wrong(emojivoto: Cluster) -> None:
-    emojivoto.mantle("check")
-    emojivoto.mantle("check", "--proxy")
+    until(lambda: emojivoto.mantle("check"), "check finds nothing wrong", WINDOW)
+    until(lambda: emojivoto.mantle("check", "--proxy"), "check --proxy finds nothing wrong", WINDOW)

@@ -17,7 +17,7 @@ def test_top_counts_the_requests_that_tap_shows(emojivoto: Cluster) -> None:
         asked = {(row["method"], row["path"]) for row in rows if int(row["count"])}
         return asked >= {("GET", "/api/list"), ("POST", "/emojivoto.v1.EmojiService/ListAll")}
 
-    until(seen, "the bot's requests", 60)
+    until(seen, "the bot's requests")
 
 
 def test_labels_and_all_namespaces(emojivoto: Cluster) -> None:
@@ -28,15 +28,23 @@ def test_labels_and_all_namespaces(emojivoto: Cluster) -> None:
         names = {tuple(line.split()[:2]) for line in everywhere}
         return names >= {("NAMESPACE", "NAME"), ("emojivoto", "web"), ("mantle", "mantle-destination")}
 
-    until(seen, "both namespaces", 60)
-    kinds = {row["kind"] for row in json.loads(emojivoto.mantle("stat", "all", "-n", "emojivoto", "-o", "json"))}
-    assert kinds >= {"deployment", "pod", "service"}
+    until(seen, "both namespaces")
+
+    def kinds() -> bool:
+        rows = json.loads(emojivoto.mantle("stat", "all", "-n", "emojivoto", "-o", "json"))
+        return {row["kind"] for row in rows} >= {"deployment", "pod", "service"}
+
+    until(kinds, "rows of each kind")
 
 
 def test_diagnostics_say_what_proxies_are_told(emojivoto: Cluster) -> None:
-    said = emojivoto.mantle("diagnostics", "endpoints", "web-svc.emojivoto:80", "-o", "wide").splitlines()
-    assert said[0].split() == ["NAMESPACE", "IP", "PORT", "POD", "SERVICE", "IDENTITY", "TRANSPORT"]
-    assert [re.search(r"web\.emojivoto +link to 4143$", line) is not None for line in said[1:]] == [True]
+    def endpoints() -> bool:
+        said = emojivoto.mantle("diagnostics", "endpoints", "web-svc.emojivoto:80", "-o", "wide").splitlines()
+        assert said[0].split() == ["NAMESPACE", "IP", "PORT", "POD", "SERVICE", "IDENTITY", "TRANSPORT"]
+        assert [re.search(r"web\.emojivoto +link to 4143$", line) is not None for line in said[1:]] == [True], said
+        return True
+
+    until(endpoints, "one endpoint, in the mesh")
     policy = json.loads(
         emojivoto.mantle("diagnostics", "policy", "-n", "emojivoto", "deploy/web", "8080", "-o", "json")
     )
@@ -44,19 +52,29 @@ def test_diagnostics_say_what_proxies_are_told(emojivoto: Cluster) -> None:
     assert of_pod["labels"]["name"]
     outbound = emojivoto.mantle("diagnostics", "policy", "-n", "emojivoto", "svc/web-svc", "80")
     assert "web-svc.emojivoto.svc.cluster.local:80" in outbound
-    metrics = emojivoto.mantle("diagnostics", "proxy-metrics", "-n", "emojivoto", "deploy/web")
-    assert re.match(r"#\n# POD web-\S+ \(1 of 1\)\n#\n", metrics) and 'tls="true"' in metrics
+
+    def metrics() -> bool:
+        said = emojivoto.mantle("diagnostics", "proxy-metrics", "-n", "emojivoto", "deploy/web")
+        assert re.match(r"#\n# POD web-\S+ \(1 of 1\)\n#\n", said), said[:200]
+        return 'tls="true"' in said
+
+    until(metrics, "the metrics of one pod")
 
 
 def test_a_user_is_refused_with_the_command_that_grants_it(emojivoto: Cluster) -> None:
-    tap = "timeout -s INT 10 mantle tap pods -n emojivoto --as alice 2>&1"
-    refused = emojivoto.run("bash", "-c", tap, code=None)
-    fix = re.search(r"gives it with: (kubectl create rolebinding .*)", refused)
-    assert fix and "user 'alice' may not watch pods/tap" in refused, refused
+    tap = "mantle tap pods -n emojivoto --as alice 2>&1"
+
+    def refused(line: str) -> re.Match[str] | None:
+        said = emojivoto.run("timeout", "-s", "INT", "60", "bash", "-c", line, code=None)
+        assert "user 'alice' may not watch pods/tap" in said, said[-500:]
+        return re.search(r"gives it with: (kubectl create rolebinding .*)", said)
+
+    fix = until(lambda: refused(tap), "alice is refused")
+    assert fix
     emojivoto.run("bash", "-ec", fix[1])
     try:
-        until(lambda: "req id=" in emojivoto.run("bash", "-c", tap, code=None), "alice sees requests", 60)
-        other = emojivoto.run("bash", "-c", tap.replace("-n emojivoto", "-n mantle"), code=None)
-        assert "may not watch pods/tap" in other
+        sees = lambda lines: any("req id=" in line for line in lines)  # noqa: E731
+        until(lambda: emojivoto.watched("bash", "-c", f"exec {tap}", enough=sees, seconds=60), "alice sees requests")
+        assert refused(tap.replace("-n emojivoto", "-n mantle"))
     finally:
         emojivoto.kubectl("delete", "rolebinding", "-n", "emojivoto", fix[1].split()[3])

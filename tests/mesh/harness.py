@@ -46,6 +46,8 @@ WEB = "10.203.128.1"
 CLIENT_ID = "client.test.serviceaccount.identity.mantle.cluster.local"
 PLANE = Path(__file__).with_name("plane.py")
 SRC = Path(__file__).resolve().parents[2] / "src"
+PATIENCE = 60.0
+"""Seconds to wait for what comes in milliseconds on a quiet machine: other tests share this one."""
 
 
 def in_thread(work: Callable[[], T]) -> T:
@@ -105,7 +107,7 @@ class Pod:
         self.net = Net()
         self.proxy: subprocess.Popen[bytes] | None = None
 
-    def connect(self, host: str, port: int, timeout: float = 10.0) -> socket.socket:
+    def connect(self, host: str, port: int, timeout: float = PATIENCE) -> socket.socket:
         return self.net.inside(lambda: socket.create_connection((host, port), timeout))
 
     def listen(self, port: int, host: str = "0.0.0.0") -> socket.socket:
@@ -118,7 +120,7 @@ class Pod:
         self.mesh.processes.append(process)
         return process
 
-    def run(self, *argv: str, timeout: float = 60.0, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, *argv: str, timeout: float = 2 * PATIENCE, **options: Any) -> subprocess.CompletedProcess[str]:
         """Runs a process inside to its end; output as text."""
         options.setdefault("preexec_fn", self._enter)
         return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False, **options)
@@ -135,7 +137,7 @@ class Pod:
         """What the proxy's admin port answers on the pod's loopback."""
 
         def get() -> str:
-            connection = http.client.HTTPConnection("127.0.0.1", 4191, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", 4191, timeout=PATIENCE)
             with contextlib.closing(connection):
                 connection.request("GET", path)
                 return connection.getresponse().read().decode()
@@ -151,6 +153,18 @@ class Pod:
                 total += float(value)
         return total
 
+    def counts(self, wanted: float, name: str, **labels: str) -> None:
+        """Waits until a metric is `wanted`: a client may have its answer before the proxy has written it down."""
+        wait_for(lambda: self.metric(name, **labels) == wanted, f"{name} {labels} to be {wanted}", log=self.metrics)
+
+    def counts_at_least(self, wanted: float, name: str, **labels: str) -> None:
+        wait_for(lambda: self.metric(name, **labels) >= wanted, f"{name} {labels} >= {wanted}", log=self.metrics)
+
+    def metrics(self) -> str:
+        """What was counted of requests and errors, for a failure's words."""
+        families = ("request_total", "response_total", "tcp_open_total", "inbound_", "outbound_")
+        return "\n".join(line for line in self.admin("/metrics").splitlines() if line.startswith(families))[-4000:]
+
     def log(self) -> str:
         return (self.mesh.folder / f"{self.name}.log").read_text()
 
@@ -162,6 +176,8 @@ class Mesh:
         self.services: dict[str, dict[str, Any]] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
         self.plane: subprocess.Popen[bytes] | None = None
+        self.number = 0
+        """Of the world that the control plane was told last."""
         self.router = Net()
         self.router.write("ipv4/ip_forward", "1")
 
@@ -251,10 +267,15 @@ class Mesh:
                 [sys.executable, str(PLANE), str(self.folder)], stdout=subprocess.PIPE, stderr=log, env=env
             )
         self.processes.append(self.plane)
-        assert self.plane.stdout
-        readable, _, _ = select.select([self.plane.stdout], [], [], 60.0)
-        line = self.plane.stdout.readline() if readable else b""
-        assert line == b"ready\n", (self.folder / "plane.log").read_text()
+        self._plane_says("ready")
+
+    def _plane_says(self, wanted: str) -> None:
+        assert self.plane and self.plane.stdout
+        line = None
+        while line != f"{wanted}\n".encode():
+            readable, _, _ = select.select([self.plane.stdout], [], [], PATIENCE)
+            line = self.plane.stdout.readline() if readable else b""
+            assert line, f"waited for the control plane to say: {wanted}\n" + (self.folder / "plane.log").read_text()
 
     def kill_plane(self) -> None:
         assert self.plane
@@ -295,15 +316,18 @@ class Mesh:
         return env | {f"MANTLE_PROXY_{name}": value for name, value in (values | pod.env).items()}
 
     def change(self) -> None:
-        """Tells the control plane what the pods' and services' values are now."""
+        """Tells the control plane what the pods' and services' values are now. Whoever asks it afterwards is told so;
+        who has asked before is told a moment later."""
         self._write_world()
         assert self.plane
         self.plane.send_signal(signal.SIGHUP)
+        self._plane_says(f"published {self.number}")
 
     def _write_world(self) -> None:
         pods = {name: pod.spec | {"netns": f"/proc/{os.getpid()}/fd/{pod.net.fd}"} for name, pod in self.pods.items()}
         world = self.folder / "world.json.new"
-        world.write_text(json.dumps({"pods": pods, "services": self.services}))
+        self.number += 1
+        world.write_text(json.dumps({"pods": pods, "services": self.services, "number": self.number}))
         world.rename(self.folder / "world.json")
 
     def close(self) -> None:
@@ -325,7 +349,7 @@ def _ready(pod: Pod) -> bool:
     return False
 
 
-def wait_for(true: Callable[[], bool], what: str, *, seconds: float = 60.0, log: Callable[[], str] = str) -> None:
+def wait_for(true: Callable[[], bool], what: str, *, seconds: float = PATIENCE, log: Callable[[], str] = str) -> None:
     """Asks until `true`, or fails with what was waited for."""
     deadline = time.monotonic() + seconds
     while not true():

@@ -2,7 +2,8 @@
 
 One process listens on 127.0.0.1:7001 of every meshed pod's network namespace (a proxy takes a loopback address in
 plaintext) and serves identity, destination and policy there. Identity signs whatever is asked for: tokens are none of
-the data plane's business. `world.json` in the folder given is read again at each SIGHUP.
+the data plane's business. `world.json` in the folder given is read again at each SIGHUP; its number is printed when it
+is what everybody is told.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class Plane:
         while True:
             self.changed.clear()
             self.version += 1
-            yield snapshot(self.version, json.loads((self.folder / "world.json").read_text()))
+            world = json.loads((self.folder / "world.json").read_text())
+            yield snapshot(self.version, world)
+            print(f"published {world['number']}", flush=True)  # whoever asks from now on is told of this world
             await self.changed.wait()
 
     async def certify(self, request: identity.CertifyRequest, _context: Any) -> identity.CertifyResponse:

@@ -15,7 +15,7 @@ import pytest
 from .apps import http_client, http_server
 from .harness import WEB, Mesh, Pod, nobody_waits, wait_for
 
-pytestmark = [pytest.mark.mesh, pytest.mark.root]
+pytestmark = [pytest.mark.mesh, pytest.mark.root, pytest.mark.timeout(400)]
 
 APPS = str(Path(__file__).with_name("apps.py"))
 HTTP = 8080
@@ -56,7 +56,7 @@ def crowd(pod: Pod, host: str, port: int, size: int) -> Iterator[None]:
     with program.stdin:
         assert int(talk(program)) == size
         yield
-    program.wait(30)
+    program.wait(120)
 
 
 def answered(pod: Pod, host: str = WEB, port: int = 80) -> bool:
@@ -97,7 +97,7 @@ def test_a_silent_crowd_costs_little_and_delays_nobody(mesh: Mesh, who: str, hos
             assert grown < KIB_EACH * size, f"{pod.name}: {grown / size:.1f} KiB for each connection"
     nobody_waits(lambda: answered(client))
     for pod in (client, web):  # the next crowd comes when this one has left
-        wait_for(lambda pod=pod: files_of(pod) < 200, "the crowd to leave", seconds=60)  # type: ignore[misc]
+        wait_for(lambda pod=pod: files_of(pod) < 200, "the crowd to leave", seconds=120)  # type: ignore[misc]
 
 
 def files_of(pod: Pod) -> int:
@@ -113,8 +113,10 @@ def test_a_crowd_beyond_the_file_limit_is_refused_at_once_counted_and_harms_no_l
     with crowd(mesh.pods["plain"], small.ip, 4143, size):
         nobody_waits(lambda: answered(client, small.ip, HTTP))
         assert small.proxy and small.proxy.poll() is None
-    refusals = size - 1500  # a thousand may stay, and some are told by the kernel
-    wait_for(lambda: small.metric("inbound_tcp_errors_total", error="file_limit") > refusals, "refusals", log=small.log)
+    # A thousand may stay, and some are told by the kernel. Where a crowd takes long to come, its first have been
+    # given up for their silence before its last are here, and make room for as many.
+    small.counts_at_least(size - 1500, "inbound_tcp_errors_total")
+    small.counts_at_least(500, "inbound_tcp_errors_total", error="file_limit")
     wait_for(lambda: tried(mesh.pods["plain"], small.ip), "the proxy to take connections again", log=small.log)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import select
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from .apps import Telling, echo, greet, http_client, http_server
-from .harness import WEB, Mesh, Pod, nobody_waits, serving, wait_for
+from .harness import PATIENCE, WEB, Mesh, Pod, nobody_waits, serving, wait_for
 
 pytestmark = [pytest.mark.mesh, pytest.mark.root]
 
@@ -54,7 +55,7 @@ def get(pod: Pod, host: str = WEB, port: int = 80, path: str = "/headers") -> tu
         return answer.status, answer.read(), {name.lower(): value for name, value in answer.getheaders()}
 
 
-def is_closed(io: socket.socket, seconds: float = 20.0) -> bool:
+def is_closed(io: socket.socket, seconds: float = PATIENCE) -> bool:
     io.settimeout(seconds)
     try:
         return io.recv(1) == b""
@@ -71,7 +72,7 @@ def test_idle_connections_do_not_delay_the_next(start: Start) -> None:
     with contextlib.ExitStack() as stack:
 
         def connect() -> list[socket.socket]:
-            return [socket.create_connection((WEB, 80 if n % 2 else 9000), 5) for n in range(500)]
+            return [socket.create_connection((WEB, 80 if n % 2 else 9000), PATIENCE) for n in range(500)]
 
         for io in client.net.inside(connect):
             stack.enter_context(io)
@@ -84,55 +85,72 @@ def test_a_policy_that_gets_stricter_cuts_open_connections_and_refuses_requests(
     with (
         plain.connect(web.ip, 9000) as outsider,
         client.connect(WEB, 9000) as insider,
-        plain.connect(web.ip, 8080) as io,
+        contextlib.ExitStack() as stack,
     ):
         for each in (outsider, insider):
             each.sendall(b"\x00hello")
             assert each.recv(100) == b"\x00hello"
-        with http_client(io) as http:
-            http.request("GET", "/headers")
-            kept = http.getresponse()
-            assert (kept.status, bool(kept.read())) == (200, True)
-            web.spec["annotations"] = {"config.mantle.dev/default-inbound-policy": "all-authenticated"}
-            mesh.change()
-            assert is_closed(outsider)
+        kept = [stack.enter_context(http_client(plain.connect(web.ip, 8080)))]
 
-            def is_refused() -> bool:
-                http.request("GET", "/headers")
-                answer = http.getresponse()
-                answer.read()
-                return answer.status == 403 and answer.getheader("l5d-proxy-error") is None
+        def is_refused() -> bool:
+            """A request that is under way when the policy changes is cut; those after it are answered with 403."""
+            try:
+                kept[-1].request("GET", "/headers")
+                answer = kept[-1].getresponse()
+                body = answer.read()
+            except (ConnectionError, http.client.HTTPException):
+                kept.append(stack.enter_context(http_client(plain.connect(web.ip, 8080))))
+                return False
+            assert answer.status == 403 or (answer.status == 200 and body)
+            return answer.status == 403 and answer.getheader("l5d-proxy-error") is None
 
-            # Each port's policy comes on a stream of its own, at its own moment.
-            wait_for(is_refused, "the policy of port 8080")
+        assert not is_refused() and len(kept) == 1
+        web.spec["annotations"] = {"config.mantle.dev/default-inbound-policy": "all-authenticated"}
+        mesh.change()
+        assert is_closed(outsider)
+        wait_for(is_refused, "the policy of port 8080, which comes on a stream of its own, at its own moment")
+        assert len(kept) <= 2
         insider.sendall(b"still here")
         assert insider.recv(100) == b"still here"
         assert get(client)[0] == 200
         with plain.connect(web.ip, 9000) as late:
             late.sendall(b"\x00")
             assert is_closed(late)
-    assert web.metric("inbound_tcp_authz_terminate_total") == 1
-    assert web.metric("inbound_http_authz_deny_total") >= 1
+    web.counts(1, "inbound_tcp_authz_terminate_total")
+    web.counts_at_least(1, "inbound_http_authz_deny_total")
 
 
 def test_endpoints_come_and_go(start: Start) -> None:
     mesh = start()
     client, web = mesh.pods["client"], mesh.pods["web"]
     assert get(client)[0] == 200
-    web.spec["ready"] = False
-    mesh.change()
-    wait_for(lambda: get(client)[0] == 504, "the endpoint to go")
+
+    def goes() -> None:
+        web.spec["ready"] = False
+        mesh.change()
+        wait_for(lambda: get(client)[0] == 504, "the endpoint to go")
+
+    goes()
     began = time.monotonic()
     status, _, headers = get(client)
     assert (status, headers["l5d-proxy-error"]) == (504, "no_endpoints")
-    assert 2.5 < time.monotonic() - began < 9
-    waiting: list[int] = []
-    thread = threading.Thread(target=lambda: waiting.append(get(client)[0]))
-    thread.start()
-    web.spec["ready"] = True
-    mesh.change()
-    thread.join()
-    assert waiting == [200], "a request that waits for an endpoint gets the first one"
+    assert 2.5 < time.monotonic() - began < 30
+
+    def waited() -> int:
+        """The status of a request that was waiting when the endpoint came."""
+        waiting: list[int] = []
+        thread = threading.Thread(target=lambda: waiting.append(get(client)[0]))
+        thread.start()
+        web.spec["ready"] = True
+        mesh.change()
+        thread.join()
+        return waiting[0]
+
+    for _ in range(5):  # on a busy machine the endpoint may come later than three seconds after the request
+        if (last := waited()) == 200:
+            break
+        goes()
+    assert last == 200, "a request that waits for an endpoint gets the first one"
 
 
 def test_a_server_with_another_identity_gets_nothing(start: Start) -> None:
@@ -165,7 +183,7 @@ def test_traffic_goes_on_without_its_control_plane(start: Start) -> None:
         with client.connect("10.203.128.77", 80) as unknown:
             unknown.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             assert is_closed(unknown), "inside the mesh's networks nothing passes unexplained"
-        assert time.monotonic() - began < 9
+        assert time.monotonic() - began < 30
         mesh.start_plane()
         io.sendall(b"again")
         assert io.recv(100) == b"again"
@@ -180,9 +198,9 @@ def _reaches(pod: Pod, host: str, port: int) -> bool:
 
 def test_certificates_renew_under_load_without_a_failed_request(start: Start) -> None:
     fast = {"IDENTITY_MIN_REFRESH": "1s", "IDENTITY_MAX_REFRESH": "2s"}
-    mesh = start(env=fast, LEAF_SECONDS="6")
+    mesh = start(env=fast, LEAF_SECONDS="12")
     client = mesh.pods["client"]
-    end = time.monotonic() + 8
+    end = time.monotonic() + 14  # longer than any certificate lives
     answers: list[int] = []
     failures: list[object] = []
 
@@ -204,8 +222,8 @@ def test_certificates_renew_under_load_without_a_failed_request(start: Start) ->
     for thread in threads:
         thread.join()
     assert not failures, failures
-    assert set(answers) == {200} and len(answers) > 100
-    assert client.log().count("certified") >= 4, client.log()
+    assert set(answers) == {200} and len(answers) > 50
+    wait_for(lambda: client.log().count("certified") >= 4, "renewals", log=client.log)
 
 
 def test_a_proxy_that_is_told_to_stop_finishes_what_it_carries(start: Start) -> None:
@@ -214,22 +232,22 @@ def test_a_proxy_that_is_told_to_stop_finishes_what_it_carries(start: Start) -> 
     class Slow(Telling):
         def do_GET(self) -> None:
             began.set()
-            go_on.wait(10)
+            go_on.wait(PATIENCE)
             self.answer(b"late but whole")
 
-    mesh = start(handler=Slow)
+    mesh = start(handler=Slow, env={"SHUTDOWN_GRACE_PERIOD": "60s"})
     client, web = mesh.pods["client"], mesh.pods["web"]
     got: list[tuple[int, bytes]] = []
     thread = threading.Thread(target=lambda: got.append(get(client)[:2]))
     thread.start()
-    assert began.wait(10)
+    assert began.wait(PATIENCE)
     assert web.proxy
     web.proxy.send_signal(signal.SIGTERM)
     wait_for(lambda: "draining" in web.log(), "the drain", log=web.log)
     go_on.set()
     thread.join()
     assert got == [(200, b"late but whole")]
-    assert web.proxy.wait(10) == 0
+    assert web.proxy.wait(PATIENCE) == 0
 
 
 def test_garbage_on_every_port_harms_nobody_else(start: Start) -> None:
@@ -250,7 +268,7 @@ def test_garbage_on_every_port_harms_nobody_else(start: Start) -> None:
             ):
                 for _ in range(5):
                     with contextlib.suppress(OSError):
-                        io = stack.enter_context(pod.connect(*address, timeout=2))
+                        io = stack.enter_context(pod.connect(*address, timeout=10))
                         io.sendall(word)
         nobody_waits(lambda: get(client)[0] == 200)
         for pod in (client, web):
@@ -258,9 +276,9 @@ def test_garbage_on_every_port_harms_nobody_else(start: Start) -> None:
             assert _rss_mib(pod.proxy.pid) < 40
     assert json.loads(get(client)[1])
     for reason in ("head_too_large", "malformed"):  # at its own proxy, and at the server's
-        assert client.metric("outbound_http_errors_total", error=reason) > 0, client.admin("/metrics")
-        assert web.metric("inbound_http_errors_total", error=reason) > 0, web.admin("/metrics")
-    wait_for(lambda: web.metric("inbound_tcp_errors_total", error="identity_required") > 20, "what came to 4143")
+        client.counts_at_least(1, "outbound_http_errors_total", error=reason)
+        web.counts_at_least(1, "inbound_http_errors_total", error=reason)
+    web.counts_at_least(21, "inbound_tcp_errors_total", error="identity_required")  # what came to 4143
 
 
 def test_a_head_that_drips_is_answered_with_408_and_counted(start: Start) -> None:
@@ -271,7 +289,7 @@ def test_a_head_that_drips_is_answered_with_408_and_counted(start: Start) -> Non
     with contextlib.ExitStack() as stack:
         for io in dripping:
             stack.enter_context(io).sendall(b"GET / HTTP/1.1\r\nhost: web\r\nx: ")
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 90
         while len(answers) < len(dripping):
             assert time.monotonic() < deadline, "the drip is listened to for ever"
             for io in select.select(dripping, [], [], 0.2)[0]:
@@ -279,8 +297,8 @@ def test_a_head_that_drips_is_answered_with_408_and_counted(start: Start) -> Non
             for io in set(dripping) - set(answers):
                 io.sendall(b"a")
     assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers.values()), answers
-    assert client.metric("outbound_http_errors_total", error="head_timeout") == 1
-    assert web.metric("inbound_http_errors_total", error="head_timeout") == 1
+    client.counts(1, "outbound_http_errors_total", error="head_timeout")
+    web.counts(1, "inbound_http_errors_total", error="head_timeout")
 
 
 def _rss_mib(pid: int) -> float:
@@ -295,17 +313,17 @@ def test_at_its_file_limit_a_proxy_refuses_at_once_and_recovers(start: Start) ->
     web, plain = mesh.pods["web"], mesh.pods["plain"]
     with contextlib.ExitStack() as stack:
         crowd = [stack.enter_context(plain.connect(web.ip, 4143)) for _ in range(200)]
-        assert sum(is_closed(io, 0.05) for io in crowd) > 50, "those beyond the limit are told at once"
+        wait_for(lambda: sum(is_closed(io, 0.01) for io in crowd) > 50, "those beyond the limit to be told")
         assert web.proxy and web.proxy.poll() is None
     wait_for(lambda: _reaches(plain, web.ip, 8080), "the proxy to serve again", log=web.log)
-    assert web.metric("inbound_tcp_errors_total", error="file_limit") > 0
+    web.counts_at_least(50, "inbound_tcp_errors_total", error="file_limit")
 
 
 def test_a_pod_reaches_itself_through_its_service_without_tls(start: Start) -> None:
     web = start().pods["web"]
     status, body, _ = get(web)
     assert status == 200 and "l5d-client-id" not in dict(json.loads(body))
-    assert web.metric("request_total", direction="outbound", no_tls_reason="loopback") == 1
+    web.counts(1, "request_total", direction="outbound", no_tls_reason="loopback")
 
 
 def test_the_clients_address_is_vouched_for_where_it_is_asked_for(start: Start) -> None:
@@ -325,7 +343,7 @@ def test_two_data_threads_share_the_work(start: Start) -> None:
     for pod in (client, mesh.pods["web"]):
         assert pod.proxy
         pod.proxy.send_signal(signal.SIGTERM)
-        assert pod.proxy.wait(10) == 0
+        assert pod.proxy.wait(PATIENCE) == 0
 
 
 def test_nothing_readable_is_on_the_wire_between_meshed_pods(start: Start) -> None:
@@ -380,5 +398,5 @@ def test_transparent_transport_is_tls_on_the_applications_own_port(tmp_path: Pat
             to_port = b"".join(p[54:] for p in to_web if int.from_bytes(p[36:38], "big") == port)
             assert b"\x17\x03\x03" in to_port, "TLS application data"
             assert b"canary" not in to_port and b"GET " not in to_port
-        assert web.metric("tcp_open_total", direction="inbound", tls="true") >= 2
+        web.counts_at_least(2, "tcp_open_total", direction="inbound", tls="true")
         assert get(plain, web.ip, 8080)[0] == 200  # who is not in the mesh still comes in plaintext

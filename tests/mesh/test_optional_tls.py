@@ -89,6 +89,16 @@ def requests(pod: Pod, **labels: str) -> float:
     return pod.metric("request_total", **labels)
 
 
+def served_as(pod: Pod, **labels: str) -> None:
+    """Asks until requests are counted with these labels: what was read of files arrives a moment after the log."""
+
+    def so() -> bool:
+        assert served(pod), "no request is lost"
+        return requests(pod, direction="outbound", **labels) >= 1
+
+    wait_for(so, f"a request with {labels}", log=pod.metrics)
+
+
 def test_with_material_at_both_ends_it_is_mutual_tls(mesh: Mesh, authority: Authority) -> None:
     authority.distribute("client")
     authority.distribute("web")
@@ -97,8 +107,8 @@ def test_with_material_at_both_ends_it_is_mutual_tls(mesh: Mesh, authority: Auth
     mesh.start()
     with http_server(web.listen(8080)):
         assert served(client)
-    assert requests(client, direction="outbound", tls="true", server_id=identity("web")) == 1
-    assert requests(web, direction="inbound", tls="true", client_id=identity("client")) == 1
+    client.counts(1, "request_total", direction="outbound", tls="true", server_id=identity("web"))
+    web.counts(1, "request_total", direction="inbound", tls="true", client_id=identity("client"))
 
 
 def test_without_material_it_is_plaintext_that_says_so_and_tls_as_soon_as_there_is_some(
@@ -110,12 +120,11 @@ def test_without_material_it_is_plaintext_that_says_so_and_tls_as_soon_as_there_
     mesh.start()
     with http_server(web.listen(8080)):
         assert served(client)
-        assert requests(client, direction="outbound", tls="no_identity", no_tls_reason="fail_open") == 1
-        assert requests(web, direction="inbound", tls="no_identity", no_tls_reason="not_provided_by_remote") == 1
+        client.counts(1, "request_total", direction="outbound", tls="no_identity", no_tls_reason="fail_open")
+        web.counts(1, "request_total", direction="inbound", tls="no_identity", no_tls_reason="not_provided_by_remote")
         authority.distribute("client")
         wait_for(lambda: "TLS material read" in client.log(), "the client to read its Secret", log=client.log)
-        assert served(client)
-    assert requests(client, direction="outbound", tls="true", server_id=identity("web")) == 1
+        served_as(client, tls="true", server_id=identity("web"))
 
 
 def test_a_peer_without_material_is_spoken_to_in_plaintext(mesh: Mesh, authority: Authority) -> None:
@@ -126,7 +135,7 @@ def test_a_peer_without_material_is_spoken_to_in_plaintext(mesh: Mesh, authority
     with http_server(web.listen(8080)):
         for _ in range(3):
             assert served(client), client.log()
-    assert requests(client, direction="outbound", no_tls_reason="fail_open") == 3
+    client.counts(3, "request_total", direction="outbound", no_tls_reason="fail_open")
     assert "no TLS with this peer" in client.log()
 
 
@@ -139,8 +148,8 @@ def test_a_certificate_of_another_root_is_worth_nothing_and_breaks_nothing(mesh:
     mesh.start()
     with http_server(web.listen(8080)):
         assert served(client)
-    assert requests(client, direction="outbound", tls="true") == 0
-    assert requests(web, direction="inbound", tls="true") == 0
+    client.counts(0, "request_total", direction="outbound", tls="true")
+    web.counts(0, "request_total", direction="inbound", tls="true")
 
 
 @pytest.mark.parametrize("optional", ["client", "web"])
@@ -153,7 +162,7 @@ def test_the_two_modes_speak_plaintext_with_each_other(mesh: Mesh, authority: Au
     with http_server(web.listen(8080)):
         assert served(client)
     reason = "not_provided_by_service_discovery"
-    assert requests(client, direction="outbound", tls="no_identity", no_tls_reason=reason) == 1
+    client.counts(1, "request_total", direction="outbound", tls="no_identity", no_tls_reason=reason)
 
 
 def test_a_pod_on_its_way_to_the_default_mode_accepts_the_listed_identities_until_the_list_is_gone(
@@ -179,13 +188,14 @@ def test_a_pod_on_its_way_to_the_default_mode_accepts_the_listed_identities_unti
     web_name = "web.test.serviceaccount.identity.mantle.cluster.local"
     with http_server(web.listen(8080)):
         assert served(client)
-        assert requests(client, direction="outbound", tls="true", server_id=web_name) == 1
-        assert requests(web, direction="inbound", tls="true", client_id=identity("client")) == 1
+        client.counts(1, "request_total", direction="outbound", tls="true", server_id=web_name)
+        web.counts(1, "request_total", direction="inbound", tls="true", client_id=identity("client"))
         (listed / "identities").unlink()
         wait_for(lambda: "accepted, or no more" in web.log(), "the migration to end", log=web.log)
-        assert served(client), "no request is lost"
-    assert requests(web, direction="inbound", tls="true") == 1
-    assert requests(client, direction="outbound", no_tls_reason="fail_open") == 1
+        served_as(client, no_tls_reason="fail_open")
+        over = requests(web, direction="inbound", tls="true")
+        assert served(client) and served(client)
+    assert requests(web, direction="inbound", tls="true") == over, "its identity is accepted no more"
 
 
 LOOK = """
@@ -221,8 +231,11 @@ def test_only_viz_with_its_certificate_of_this_mode_may_look_into_a_proxy_of_it(
     environment = {"PYTHONPATH": str(SRC), "PATH": os.environ["PATH"]}
     with http_server(web.listen(8080)):
         assert served(client)
-    looked = viz.run(sys.executable, "-c", LOOK, str(authority.secret("mantle-viz")), web.ip, env=environment)
-    assert looked.stdout == f"{identity('client')} 1\n", looked.stderr
+    look = (sys.executable, "-c", LOOK, str(authority.secret("mantle-viz")), web.ip)
+    looked = lambda: viz.run(*look, env=environment)  # noqa: E731
+    wait_for(
+        lambda: looked().stdout == f"{identity('client')} 1\n", "viz to see it", log=lambda: looked().stderr[-2000:]
+    )
     other = viz.run(sys.executable, "-c", LOOK, str(authority.secret("client")), web.ip, env=environment)
     assert other.returncode != 0 and other.stdout == ""
     assert "Unreachable" in other.stderr
