@@ -7,6 +7,8 @@
     cluster env                            shell lines: eval "$(cluster env)" gives KUBECONFIG and a matching kubectl
     cluster load-image ARCHIVE...          load docker-save or OCI archives
     cluster node CMD...                    run a command inside the node (ctr -n k8s.io c ls, iptables-save, ip a)
+    cluster stop NAME...                   kill components (kube-apiserver, kube-controller-manager) and keep them away
+    cluster start NAME...                  start them again, as they were started first
     cluster build                          build what is missing of Kubernetes and Helm, and start nothing
     cluster helm                           where Helm is; builds it if it is missing
 
@@ -37,6 +39,7 @@ import urllib.request
 
 sys.dont_write_bytecode = True
 from common import (
+    AWAY,
     CACHE,
     CGROUP,
     CONF,
@@ -69,13 +72,18 @@ FAKE_SYSCTLS = {
 }
 
 
+def dead():
+    """The component that ended by itself; empty if none did."""
+    with contextlib.suppress(FileNotFoundError):
+        return (STATE / "dead").read_text()
+    return ""
+
+
 def wait(what, probe, seconds):
     """Poll `probe` until it is true; watch for a component that ended meanwhile."""
     end = time.monotonic() + seconds
     while not probe():
-        dead = STATE / "dead"
-        if dead.exists():
-            name = dead.read_text()
+        if name := dead():
             tail = (LOG / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
             die(f"{name} ended while waiting for {what}; the end of {LOG / name}.log:\n" + "\n".join(tail))
         if time.monotonic() > end:
@@ -124,18 +132,25 @@ def supervise():
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     env.update(PATH=f"{plan['bins']}:{env['PATH']}", GOGC="100")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    started = {}
+    started, known = {}, {}
+    AWAY.mkdir(exist_ok=True)
 
-    def reap(block):
+    def launch(name):
+        with open(LOG / f"{name}.log", "ab") as log:
+            p = subprocess.Popen(known[name], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=STATE, env=env)
+        p.returncode = 0  # reaped by us, with the orphans of PID 1
+        started[p.pid] = name
+
+    def reap():
         with contextlib.suppress(ChildProcessError):
-            while pid := os.waitpid(-1, 0 if block else os.WNOHANG)[0]:
-                if pid in started:
-                    (STATE / "dead").write_text(started.pop(pid))
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                if pid in started and not (AWAY / (name := started.pop(pid))).exists():
+                    (STATE / "dead").write_text(name)
 
     for name, argv in commands(plan):
         if name is None:
             while not api_ready(plan):
-                reap(False)
+                reap()
                 time.sleep(0.1)
             if not plan["api_only"]:
                 while subprocess.run(
@@ -143,13 +158,20 @@ def supervise():
                 ).returncode:
                     time.sleep(0.1)
             continue
-        with open(LOG / f"{name}.log", "ab") as log:
-            p = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=STATE, env=env)
-        p.returncode = 0  # reaped by us, with the orphans of PID 1
-        started[p.pid] = name
-    while True:
-        reap(True)
-        time.sleep(1)
+        known[name] = argv
+        launch(name)
+    while True:  # a file in AWAY keeps the component of that name away, and says when it has ended
+        for pid, name in started.items():
+            if (AWAY / name).exists():
+                os.kill(pid, signal.SIGKILL)
+        reap()
+        for name in known.keys() - started.values() - {dead()}:
+            try:
+                with open(AWAY / name, "r+") as file:
+                    file.write("ended")
+            except FileNotFoundError:
+                launch(name)
+        time.sleep(0.2)
 
 
 # ---- up, down and the rest ------------------------------------------------------------------------------------------
@@ -177,7 +199,7 @@ def node_argv(*argv):
 
 
 def up(args):
-    if alive() and (STATE / "ready").exists() and not (STATE / "dead").exists():
+    if alive() and (STATE / "ready").exists() and not dead():
         if json.loads((CONF / "plan.json").read_text())["api_only"] == args.api_only:
             return say("already up")
         die("it is up in the other mode; `cluster down` first")
@@ -270,6 +292,22 @@ def up(args):
     return None
 
 
+def stop(args):
+    for name in args.rest:
+        if name not in dict(commands(json.loads((CONF / "plan.json").read_text()))):
+            die(f"{name} is no component of this cluster")
+        (AWAY / name).touch()
+    wait("the end of " + " and ".join(args.rest), lambda: all((AWAY / n).read_text() for n in args.rest), 60)
+
+
+def start(args):
+    """Returns when the API server answers; when the others do is theirs to say."""
+    for name in args.rest:
+        (AWAY / name).unlink(missing_ok=True)
+    plan = json.loads((CONF / "plan.json").read_text())
+    wait("the API server", lambda: api_ready(plan), 120)
+
+
 def cgroup_dirs():
     roots = [pathlib.Path(l.split()[1]) for l in open("/proc/mounts") if l.split()[2] in ("cgroup", "cgroup2")]
     return [r / CGROUP for r in dict.fromkeys(roots)]
@@ -326,8 +364,7 @@ def status(args):
     if not pid:
         print("down")
         sys.exit(3)
-    dead = STATE / "dead"
-    print(f"up (pid {pid}), logs in {LOG}" + (f"; ENDED: {dead.read_text()}" if dead.exists() else ""))
+    print(f"up (pid {pid}), logs in {LOG}" + (f"; ENDED: {dead()}" if dead() else ""))
     ours, total = {pid}, 0
     table = {int(p.name): p for p in pathlib.Path("/proc").iterdir() if p.name.isdigit()}
     for n, p in sorted(table.items()):
@@ -369,14 +406,14 @@ def load(*archives):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in ("up", "down", "status", "env", "load-image", "node", "build", "helm"):
+    for name in ("up", "down", "status", "env", "load-image", "node", "stop", "start", "build", "helm"):
         s = sub.add_parser(name)
         if name == "up":
             s.add_argument(
                 "--api-only", action="store_true", help="etcd, kube-apiserver, kube-controller-manager; no root"
             )
             s.add_argument("--nftables", action="store_true", help="kube-proxy in nftables mode (default: iptables)")
-        elif name in ("load-image", "node"):
+        elif name in ("load-image", "node", "stop", "start"):
             s.add_argument("rest", nargs=argparse.REMAINDER)
     if sys.argv[1:] == ["_supervise"]:
         return supervise()
@@ -393,7 +430,7 @@ def main():
         CACHE.mkdir(parents=True, exist_ok=True)
         lock = open(CACHE / "cluster.lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX)
-    {"up": up, "down": down, "status": status, "env": env}[args.command](args)
+    {"up": up, "down": down, "status": status, "env": env, "stop": stop, "start": start}[args.command](args)
     return None
 
 

@@ -10,7 +10,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = os.geteuid() == 0
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mantle-e2e"
 STATE = pathlib.Path(os.environ.get("MANTLE_E2E_STATE") or ("/var/lib/mantle-e2e" if ROOT else CACHE / "state"))
-PKI, LOG, CONF = STATE / "pki", STATE / "log", STATE / "conf"
+PKI, LOG, CONF, AWAY = STATE / "pki", STATE / "log", STATE / "conf", STATE / "away"
 VERSION = "1.33.13"  # keep in step with kube/go.mod
 HELM_VERSION = "3.18.6"
 COMPONENTS = [
