@@ -235,6 +235,7 @@ def test_everything_that_stands_in_the_way_is_said():
         namespace_labels={"linkerd.io/is-control-plane": "true"},
         deployments=("istiod",),
         config={"values": '{"trustDomain": "example.org"}'},
+        ip_family="IPv6",
     )
     found = said(tuple(obstacles(facts, VALUES)))
     assert [f.split(":")[0] for f in found] == [
@@ -242,9 +243,10 @@ def test_everything_that_stands_in_the_way_is_said():
         "namespace mantle",
         "namespace mantle",
         "trustDomain",
+        "the cluster's first address family",
         "Kubernetes",
     ]
-    assert "Linkerd" in found[1] and "Istio" in found[2] and "found 1.28; wanted 1.29" in found[4]
+    assert "Linkerd" in found[1] and "Istio" in found[2] and "found 1.28; wanted 1.29" in found[5]
 
 
 def test_versions_as_clusters_write_them():

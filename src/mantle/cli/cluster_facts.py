@@ -23,6 +23,7 @@ def read_facts(client: KubeClient, namespace: str) -> Facts:
     issuer = get(client, f"{core}/secrets/{ISSUER}")
     config = get(client, f"{core}/configmaps/{CONFIG_MAP}")
     deployments = get(client, f"/apis/apps/v1/namespaces/{namespace}/deployments") or {}
+    api = get(client, "/api/v1/namespaces/default/services/kubernetes") or {}
     return Facts(
         version=parse_version(get(client, "/version") or {}),
         control_namespaces=control_namespaces(client),
@@ -33,6 +34,7 @@ def read_facts(client: KubeClient, namespace: str) -> Facts:
             None if roots is None else (roots.get("data") or {}).get(ROOTS_KEY, ""),
             None if issuer is None else _decoded(issuer),
         ),
+        ip_family=(api.get("spec") or {}).get("ipFamilies", ["IPv4"])[0],
     )
 
 

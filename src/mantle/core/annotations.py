@@ -259,7 +259,12 @@ _SETTINGS = (
     Setting("shutdown-grace-period", _duration, _DURATION, "how long the proxy drains"),
     Setting("proxy-enable-native-sidecar", _boolean, _BOOL, "the proxy as an init container that keeps running"),
     Setting("redirect-guard", _enabled, _SWITCH, "a container that puts the redirect back when somebody flushes it"),
-    Setting("proxy-wait-before-exit-seconds", _number(0, 3600), "seconds, 0 to 3600", "pause before the proxy drains"),
+    Setting(
+        "proxy-wait-before-exit-seconds",
+        _number(0, 3600),
+        "seconds, 0 to 3600",
+        "pause before the proxy drains (from Kubernetes 1.30)",
+    ),
     Setting(
         "proxy-additional-env",
         _environment,

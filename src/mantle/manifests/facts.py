@@ -46,6 +46,8 @@ class Facts:
     config: Mapping[str, str] | None = None
     """Data of ConfigMap `mantle-config`; None if it is not there."""
     trust: Existing = field(default_factory=Existing)
+    ip_family: str = "IPv4"
+    """The first family of the cluster's service addresses."""
 
     def stored(self, key: str) -> dict[str, Any] | None:
         """The values of ConfigMap `mantle-config`, nested; None if there are none that can be read."""
@@ -89,6 +91,13 @@ def obstacles(facts: Facts, values: InstallValues) -> Iterator[Fault]:
             f"{values.trust_domain}, where the mesh was installed with {before}",
             "the same: every identity ends in it",
             f"give --identity-trust-domain {before}, or uninstall first",
+        )
+    if facts.ip_family != "IPv4":
+        yield Fault(
+            "the cluster's first address family",
+            facts.ip_family,
+            "IPv4, alone or before IPv6: the control plane's own servers listen on IPv4",
+            "use a cluster whose service addresses are IPv4 first; pods may have both",
         )
     if facts.version < (1, LEAST_MINOR):
         yield Fault(
