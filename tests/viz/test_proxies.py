@@ -112,6 +112,33 @@ def test_every_call_demands_the_pod_s_identity() -> None:
     play(scene)
 
 
+def test_a_pod_cannot_send_viz_elsewhere() -> None:
+    """A pod's owner decides what answers on its admin port: a redirect would make viz ask whom they like."""
+
+    async def scene(proxy: Proxy, proxies: Proxies) -> None:
+        for who in (pod(), replace(pod(), labels={"mantle.dev/tls": "optional"})):
+            proxy.demanded.clear()
+            proxy.metrics = web.Response(status=302, headers={"Location": f"http://{IP}:{module.ADMIN_PORT}/identity"})
+            with pytest.raises(Unreachable, match="answered 302"):
+                await proxies.metrics(who)
+            assert len(proxy.demanded) == 1, "the first question only"
+
+    play(scene)
+
+
+@pytest.mark.parametrize("said", ["9" * 5000, "99999", "0", "\u0663\u0663", "\u00b2", "-1", " 1", "x"])
+def test_a_port_that_is_none_is_not_believed(said: str) -> None:
+    """The annotation may be written on a running pod: nobody has checked it."""
+
+    async def scene(_: Proxy, proxies: Proxies) -> None:
+        moved = {f"config.mantle.dev/{which}-port": said for which in ("admin", "control")}
+        odd = replace(pod(), annotations=moved)
+        assert await proxies.metrics(odd) == "request_total 7\n"
+        assert len(await proxies.clients(odd)) == 1
+
+    play(scene)
+
+
 class Authority:
     """The ca of the experimental mode, and Secrets where viz and a pod would find theirs."""
 

@@ -91,7 +91,7 @@ def fetch(url: str) -> bytes:
     if urlsplit(url).scheme not in ("https", "http"):
         raise Failure(f"{url} is neither an https nor an http URL", _WHAT_TO_NAME)
     until = time.monotonic() + FETCH_SECONDS
-    data = b""
+    data = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as answer:
             if url.startswith("https:") and not answer.url.startswith("https:"):
@@ -107,7 +107,7 @@ def fetch(url: str) -> bytes:
         raise Failure(f"cannot read {url}: {error.code} {error.reason}", by_hand) from error
     except (OSError, HTTPException, ValueError) as error:  # urllib's other errors are OSErrors with a reason
         raise Failure(f"cannot read {url}: {getattr(error, 'reason', error)}", by_hand) from error
-    return data
+    return bytes(data)
 
 
 def _decoded(name: str, data: bytes) -> str:

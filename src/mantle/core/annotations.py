@@ -13,7 +13,7 @@ import difflib
 import ipaddress
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,14 +109,35 @@ def port_ranges(text: str) -> tuple[tuple[int, int], ...]:
 
 def _ports(text: str) -> str:
     """A port list in canonical spelling, as the proxy and the redirect take it."""
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in port_ranges(text))
+    return spelled(port_ranges(text))
+
+
+def spelled(ranges: Iterable[tuple[int, int]]) -> str:
+    """Ranges of ports as the proxy takes them."""
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
+
+
+_PORT_NAME = re.compile(r"(?=.*[a-z])[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?")
+"""IANA_SVC_NAME: it may begin with a digit (`9p`)."""
 
 
 def _ports_or_names(text: str) -> str:
-    """A port list in which a container port may be given by its name (IANA_SVC_NAME)."""
+    """A port list in which a container port may be given by its name."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    named = re.compile(r"(?=.*[a-z])[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?")
-    return ",".join(part if named.fullmatch(part) else _ports(part) for part in parts)
+    return ",".join(part if _PORT_NAME.fullmatch(part) else _ports(part) for part in parts)
+
+
+def named_ranges(text: str, named: Mapping[str, int]) -> tuple[tuple[int, int], ...]:
+    """What `_ports_or_names` accepted, as ranges. A name that is not in `named` is a port of another pod or service:
+    it means nothing here.
+    """
+    ranges: list[tuple[int, int]] = []
+    for part in filter(None, text.split(",")):
+        if not _PORT_NAME.fullmatch(part):
+            ranges += port_ranges(part)
+        elif part in named:
+            ranges.append((named[part], named[part]))
+    return tuple(ranges)
 
 
 def _networks(text: str) -> str:
@@ -158,9 +179,14 @@ def _image(text: str) -> str:
 
 def _environment(text: str) -> tuple[Mapping[str, Any], ...]:
     parsed = json.loads(text)
-    if not isinstance(parsed, list) or not all(isinstance(item, dict) and item.get("name") for item in parsed):
+    if not isinstance(parsed, list) or not all(_is_entry(item) for item in parsed):
         raise _NotAccepted(text)
     return tuple(parsed)
+
+
+def _is_entry(item: object) -> bool:
+    name = item.get("name") if isinstance(item, dict) else None
+    return isinstance(name, str) and name != ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +332,7 @@ def read_config(pod: Mapping[str, str], namespace: Mapping[str, str]) -> tuple[C
             name = full.removeprefix(PREFIX)
             setting = CONFIG.get(name)
             if setting is None:
-                close = difflib.get_close_matches(name, CONFIG, n=1)
+                close = difflib.get_close_matches(name[:100], CONFIG, n=1)
                 fix = f"{PREFIX}{close[0]} if that was meant" if close else "a name listed in docs/annotations.md"
                 mistakes.append(Mistake(full, str(text), fix, where))
                 continue
@@ -314,7 +340,7 @@ def read_config(pod: Mapping[str, str], namespace: Mapping[str, str]) -> tuple[C
                 continue
             try:
                 parsed = setting.parse(str(text).strip())
-            except ValueError:
+            except (ValueError, RecursionError):  # the second is JSON that is nested for ever
                 mistakes.append(Mistake(full, str(text), setting.accepted, where))
                 continue
             if name == "proxy-additional-env":

@@ -217,8 +217,8 @@ def pod_endpoint(world: World, facts: PodFacts, port: int, ip: str = "") -> Endp
 def _pod_endpoint(facts: PodFacts, port: int, ip: str, view: View) -> Endpoint | BadName:
     pod = facts.pod
     labels = {"namespace": pod.key.namespace, "pod": pod.key.name, "serviceaccount": pod.service_account}
-    if pod.owner.kind != "Pod":
-        labels[pod.owner.kind.lower()] = pod.owner.name
+    if pod.owner.kind != "Pod":  # an owner is the pod's own word: it names no other namespace or account
+        labels.setdefault(pod.owner.kind.lower(), pod.owner.name)
     address = (ip or pod.ip, port)
     identity: str | NoIdentity | BadName = NoIdentity.PORT_SKIPPED if port in facts.skipped else _seen(facts, view)
     if isinstance(identity, BadName):

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mantle.core.annotations import INJECT, Config
+from mantle.core.annotations import INJECT, Config, named_ranges, spelled
 
 DEFAULT_OPAQUE = (25, 587, 3306, 4444, 5432, 6379, 9300, 11211)
 """Protocols whose server speaks first: SMTP, MySQL, Galera, PostgreSQL, Redis, Elasticsearch, memcached."""
@@ -110,5 +110,5 @@ def opaque_ports(spec: Mapping[str, Any], config: Config) -> str:
     given = config.get("opaque-ports")
     if given is None:
         return ",".join(str(port) for port in inbound_ports(spec) if port in DEFAULT_OPAQUE)
-    named = {p["name"]: str(p["containerPort"]) for c in containers(spec) for p in c.get("ports") or [] if "name" in p}
-    return ",".join(filter(None, (named.get(part, part) for part in given.split(","))))
+    named = {p["name"]: int(p["containerPort"]) for c in containers(spec) for p in c.get("ports") or [] if "name" in p}
+    return spelled(named_ranges(given, named))

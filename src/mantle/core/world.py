@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any, Generic, TypeVar
 
-from mantle.core.annotations import LABEL_CONTROL_NS, PREFIX, Config, port_ranges, read_config
+from mantle.core.annotations import LABEL_CONTROL_NS, PREFIX, Config, named_ranges, port_ranges, read_config
 from mantle.core.model import EMPTY, Changes, EndpointSlice, Key, Namespace, Pod, Service, ServicePort, Snapshot
 from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.optional_names import LABEL_TLS, MIGRATION, OPTIONAL, OptionalNames, owner_of
@@ -216,15 +216,7 @@ def _opaque(config: Config, named: Mapping[str, int]) -> Ports:
     given: str | None = config.get("opaque-ports")
     if given is None:
         return Ports(tuple((port, port) for port in DEFAULT_OPAQUE))
-    return Ports(tuple(_ranges(given.split(","), named)))
-
-
-def _ranges(parts: Iterable[str], named: Mapping[str, int]) -> Iterable[tuple[int, int]]:
-    for part in parts:
-        if part in named:
-            yield (named[part], named[part])
-        elif part[:1].isdigit():
-            yield from port_ranges(part)
+    return Ports(named_ranges(given, named))
 
 
 # ---- from one world to the next ----

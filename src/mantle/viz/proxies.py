@@ -73,7 +73,8 @@ class Proxies:
         url = f"http://{_host(pod.ip)}:{port}{path}"
         try:
             headers = {} if is_optional(pod) else {REQUIRE_ID: self._identity(pod)}
-            async with self._http.get(url, headers=headers) as answer:
+            # A pod's answer must not choose whom viz asks next.
+            async with self._http.get(url, headers=headers, allow_redirects=False) as answer:
                 if answer.status == 404 and path == "/identity":
                     raise Unreachable("the proxy has no certificate yet, or is too old to show it")
                 if answer.status != 200:
@@ -167,7 +168,9 @@ class Proxies:
 def _moved(pod: Pod, setting: str, usual: int) -> int:
     """A port of the proxy, where the pod's annotations say that it is; injection writes a namespace's onto the pod."""
     said = pod.annotations.get(PREFIX + setting, "")
-    return int(said) if said.isdecimal() else usual
+    # It may be written on a running pod, by whoever may: nothing has checked it.
+    port = int(said) if said.isascii() and said.isdecimal() and len(said) <= 5 else 0
+    return port if 0 < port < 65536 else usual
 
 
 def _host(ip: str) -> str:

@@ -180,10 +180,10 @@ def _endpoint(address: net_pb2.TcpAddress, labels: Mapping[str, str], pods: Mapp
 
 def _pod_labels(pod: Pod) -> dict[str, str]:
     labels = {
+        pod.owner.kind.lower(): pod.owner.name,
         "namespace": pod.key.namespace,
         "pod": pod.key.name,
         "serviceaccount": pod.service_account,
-        pod.owner.kind.lower(): pod.owner.name,
     }
     if control := pod.labels.get(CONTROL_PLANE_LABEL):
         labels["control_plane_ns"] = control
