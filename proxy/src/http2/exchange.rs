@@ -146,7 +146,7 @@ async fn download(
     strip: bool,
     sent: Instant,
 ) -> Result<(), Failed> {
-    let (mut head, body) = answer(response, respond).await?.into_parts();
+    let (mut head, body) = answer(response, respond, strip).await?.into_parts();
     clean(&mut head.headers);
     if strip {
         strip_reserved(&mut head.headers);
@@ -157,7 +157,7 @@ async fn download(
     let over = body.is_end_stream();
     *answered = true;
     let client = respond.send_response(Response::from_parts(head, ()), over).map_err(|_| Failed::ReceiverGone)?;
-    let trailers = if over { None } else { pump(body, client, |n| ticket.body(n)).await? };
+    let trailers = if over { None } else { pump(body, client, strip, |n| ticket.body(n)).await? };
     if let Some(trailers) = &trailers {
         ticket.trailers(&|each| visit(trailers, each));
     }
@@ -175,6 +175,7 @@ fn visit(headers: &HeaderMap, each: &mut dyn FnMut(&str, &[u8])) {
 async fn answer(
     mut response: ResponseFuture,
     respond: &mut SendResponse<Bytes>,
+    strip: bool,
 ) -> Result<Response<RecvStream>, Failed> {
     loop {
         let next = poll_fn(|cx| {
@@ -192,6 +193,9 @@ async fn answer(
         match next {
             Next::Interim(mut interim) => {
                 clean(interim.headers_mut());
+                if strip {
+                    strip_reserved(interim.headers_mut());
+                }
                 respond.send_informational(interim).map_err(|_| Failed::ReceiverGone)?;
             }
             Next::Head(Ok(head)) => return Ok(head),
@@ -224,14 +228,17 @@ enum Next {
 /// The request's body and trailers, to their end or until one side gives up.
 async fn upload(body: Option<RecvStream>, server: SendStream<Bytes>) {
     if let Some(body) = body.filter(|body| !body.is_end_stream()) {
-        let _ = pump(body, server, |_| {}).await; // what failed was told to both sides
+        // A client's trailers are its own word, as its headers are: some servers make one of both.
+        let _ = pump(body, server, true, |_| {}).await; // what failed was told to both sides
     }
 }
 
-/// Moves a body with its trailers from one connection to the other; returns the trailers.
+/// Moves a body with its trailers from one connection to the other; returns the trailers. `strip`: reserved names in them
+/// are not the sender's to set.
 async fn pump(
     mut from: RecvStream,
     mut to: SendStream<Bytes>,
+    strip: bool,
     mut meter: impl FnMut(u64),
 ) -> Result<Option<HeaderMap>, Failed> {
     loop {
@@ -266,6 +273,9 @@ async fn pump(
     match from.trailers().await {
         Ok(Some(mut trailers)) => {
             clean(&mut trailers);
+            if strip {
+                strip_reserved(&mut trailers);
+            }
             to.send_trailers(trailers.clone()).map_err(|_| Failed::ReceiverGone)?;
             Ok(Some(trailers))
         }

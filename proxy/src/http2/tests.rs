@@ -6,6 +6,7 @@ use std::future::Future;
 use h2::client::{self, SendRequest};
 use h2::{Reason, server};
 use http::{HeaderMap, Method, Response};
+use mantle_proxy_core::http1::is_reserved;
 use mantle_proxy_core::reasons::NoTls;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
@@ -153,11 +154,15 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
                 body.flow_control().release_capacity(n).unwrap();
             }
             let mut trailers = body.trailers().await.unwrap().unwrap_or_default();
+            let reserved = trailers.keys().filter(|name| is_reserved(name.as_str().as_bytes())).count();
             trailers.insert("grpc-status", "5".parse().unwrap());
+            trailers.insert("x-reserved-seen", reserved.into());
+            trailers.insert("l5d-client-id", "forged".parse().unwrap());
             stream.send_trailers(trailers).unwrap();
         }
         "/hints" => {
-            respond.send_informational(Response::builder().status(103).body(()).unwrap()).unwrap();
+            let hints = Response::builder().status(103).header("l5d-client-id", "forged").body(()).unwrap();
+            respond.send_informational(hints).unwrap();
             respond.send_response(Response::new(()), true).unwrap();
         }
         "/refused-once" if book.refusals.replace(0) > 0 => respond.send_reset(Reason::REFUSED_STREAM),
@@ -301,7 +306,9 @@ fn bodies_and_trailers_stream_both_ways_at_once() {
         let big = Bytes::from(vec![7; 3 << 20]); // many windows
         let sending = async {
             send_all(&mut stream, big.clone()).await;
-            stream.send_trailers(HeaderMap::from_iter([("x-sum".parse().unwrap(), "9".parse().unwrap())])).unwrap();
+            let trailers = [("x-sum", "9"), ("l5d-client-id", "forged"), ("mantle_client_addr", "1.2.3.4")];
+            let trailers = trailers.map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
+            stream.send_trailers(HeaderMap::from_iter(trailers)).unwrap();
         };
         let body = response.body_mut();
         let reading = async {
@@ -312,8 +319,13 @@ fn bodies_and_trailers_stream_both_ways_at_once() {
         assert_eq!(got, big);
         let trailers = response.body_mut().trailers().await.unwrap().unwrap();
         assert!(trailers["x-sum"] == "9" && trailers["grpc-status"] == "5", "{trailers:?}");
+        assert!(trailers["x-reserved-seen"] == "0" && !trailers.contains_key("l5d-client-id"), "{trailers:?}");
         assert_eq!(stage.ends(1).await, [(200, Some(5), 4 + (3 << 20), false)]);
-        assert_eq!(*stage.book.trailers.borrow(), ["x-sum", "grpc-status"], "tap hears of them, too");
+        assert_eq!(
+            *stage.book.trailers.borrow(),
+            ["x-sum", "grpc-status", "x-reserved-seen"],
+            "tap hears of them, too"
+        );
     });
 }
 
@@ -346,6 +358,7 @@ fn interim_responses_pass() {
         let (mut response, _) = stage.start(get("/hints"), true).await;
         let interim = std::future::poll_fn(|cx| response.poll_informational(cx)).await.unwrap().unwrap();
         assert_eq!(interim.status(), 103);
+        assert!(!interim.headers().contains_key("l5d-client-id"));
         assert_eq!(response.await.unwrap().status(), 200);
     });
 }
