@@ -141,6 +141,11 @@ def crashing(component: str) -> dict[str, Any]:
         (MESH, {}),
         (replace(MESH, config=Unread("there is no ConfigMap mantle-config")),
          {"install-config": ("error", "there is no ConfigMap mantle-config")}),
+        (replace(MESH, config=replace(FORBIDDEN, forbidden=True)),
+         {"install-config": ("error", f"not known: {FORBIDDEN}")}),
+        # Who asks about one namespace need not see the mesh's own.
+        (replace(MESH, config=replace(FORBIDDEN, forbidden=True), only="shop"),
+         {"install-config": ("warning", f"not known: {FORBIDDEN}")}),
         (replace(MESH, present=frozenset()),
          {"install-objects": ("error", "Service mantle/mantle-identity is missing")}),
         (replace(MESH, present=FORBIDDEN), {"install-objects": ("warning", f"not known: {FORBIDDEN}")}),
@@ -451,6 +456,9 @@ def test_pods_of_the_experimental_mode_are_marked_as_weaker() -> None:
 
 
 def test_what_cannot_be_read_is_never_silence() -> None:
+    unknown = replace(DATA, values=FORBIDDEN, version="", namespace="shop")
+    said = dict.fromkeys(("proxy-roots", "proxy-version"), ("warning", f"not known: {FORBIDDEN}"))
+    assert about_proxies(unknown) == said
     assert about_pods(replace(DATA, pods=FORBIDDEN)) == {"pods-meshed": ("error", f"not known: {FORBIDDEN}")}
     assert about_pods(replace(DATA, values=FORBIDDEN))["pods-meshed"][0] == "warning"
 

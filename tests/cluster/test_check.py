@@ -22,6 +22,7 @@ from mantle.platform.kubernetes.client import from_kubeconfig
 from mantle.platform.kubernetes.reflector import Reflector
 
 from .apiserver import ApiServer
+from .injecting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
@@ -125,6 +126,28 @@ def test_proxies_of_one_namespace_are_asked_about_and_the_control_plane_is_found
     assert "proxy-namespace" not in checked(mantle(api_server, "check", "--proxy", "-o", "json"))
     elsewhere = mantle(api_server, "check", "--proxy", "-o", "json", "--control-namespace", namespace)
     assert checked(elsewhere)["install-config"][0] == "error"
+
+
+def test_an_applications_people_see_their_namespace_and_no_more(api_server: ApiServer, installed: str) -> None:
+    namespace = api_server.new_namespace("shop")
+    api_server.kubectl("-n", namespace, "create", "serviceaccount", "dev")
+    api_server.kubectl("-n", namespace, "create", "rolebinding", "dev", "--clusterrole=view",
+                       f"--serviceaccount={namespace}:dev")  # fmt: skip
+    pod = {"name": "web", "namespace": namespace, "labels": {"mantle.dev/inject": "enabled"}}
+    spec = {"containers": [{"name": "app", "image": "acme/web"}]}
+    api_server.kubectl(
+        "apply", "-f", "-", input=json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": pod, "spec": spec})
+    )
+    dev = api_server.kubeconfig_of(namespace, "dev")
+    asking = "check", "--proxy", "-n", namespace, "-o", "json"
+    # The API server learns of a new binding a moment after it was made.
+    eventually(lambda: "pods-labels" in checked(mantle(api_server, *asking, kubeconfig=dev)))
+    found = checked(mantle(api_server, *asking, kubeconfig=dev))
+    assert found["install-config"][0] == "warning" and "forbidden" in found["install-config"][1]
+    assert found["pods-labels"] == ("warning", f"pod {namespace}/web has it as a label"), "its pods were read"
+    assert found["proxy-namespace"] == ("error", f"no pod of {namespace} has a proxy")
+    whole = mantle(api_server, "check", "-o", "json", kubeconfig=dev)
+    assert (whole.returncode, checked(whole)["install-config"][0]) == (1, "error")
 
 
 def test_the_meshs_version_is_found_wherever_its_control_plane_lives(api_server: ApiServer, installed: str) -> None:

@@ -28,6 +28,7 @@ from mantle.core.annotations import LABEL_COMPONENT
 if TYPE_CHECKING:
     from cryptography import x509
 
+    from mantle.core.proxy_env import Values
     from mantle.manifests.config import InstallValues
 
 Category = tuple[str, Sequence[Finding]]
@@ -110,11 +111,14 @@ def installed(cluster: Cluster, home: str | None, only: str | None, *, proxies: 
     roots = ask.get(f"/api/v1/namespaces/{namespace}/configmaps/mantle-identity-trust-roots")
     values = _values(config)
     roots_pem = _text(roots, "ca-bundle.crt")
-    mesh = _mesh(ask, namespace, values, roots_pem)
+    mesh = _mesh(ask, namespace, values, roots_pem, only)
     categories: list[Category] = [first, ("installation", checks_cluster.installation(mesh))]
-    if isinstance(values, Unread):
-        return categories
     now = datetime.now(UTC)
+    if isinstance(values, Unread):
+        if values.forbidden and only is not None:  # an application's own people: their namespace they may look into
+            data = _data(ask, cluster, namespace, only, values, roots_pem, proxies)
+            categories += [("pods", checks_pods.pods(data)), ("data plane", checks_pods.data_plane(data, now))]
+        return categories
     trust = _trust(ask, cluster.client, namespace, roots_pem, mesh.pods, api)
     categories.append(("certificates", checks_cluster.certificates(trust, now, namespace)))
     categories.append(("injector and views", checks_cluster.webhook(trust, namespace)))
@@ -137,6 +141,10 @@ def waits(found: Sequence[Category]) -> bool:
 # ---- questions ----
 
 
+def _unread(refused: Refused) -> Unread:
+    return Unread(refused.answer.message, forbidden=refused.answer.status == 403)
+
+
 class _Ask:
     """Questions whose refusal is an answer."""
 
@@ -148,7 +156,7 @@ class _Ask:
         try:
             found: Object = self.client.get(path)
         except Refused as refused:
-            return None if refused.answer.status == 404 else Unread(refused.answer.message)
+            return None if refused.answer.status == 404 else _unread(refused)
         return found
 
     def list(self, path: str, selector: str = "") -> Listed:
@@ -159,12 +167,27 @@ class _Ask:
             try:
                 page = self.client.get(path, query)
             except Refused as refused:
-                return Unread(refused.answer.message)
+                return _unread(refused)
             found += page.get("items") or []
             more = (page.get("metadata") or {}).get("continue")
             if not more:
                 return found
             query["continue"] = more
+
+    def of(self, kind: str, namespace: str | None) -> Listed:
+        """Pods or services of all namespaces; of that one, to whoever may see no more."""
+        found = self.list(f"/api/v1/{kind}")
+        if namespace is not None and isinstance(found, Unread) and found.forbidden:
+            return self.list(f"/api/v1/namespaces/{namespace}/{kind}")
+        return found
+
+    def namespaces(self, namespace: str | None) -> Listed:
+        """As `of`. One that may be read but is not there is an empty list."""
+        found = self.list("/api/v1/namespaces")
+        if namespace is not None and isinstance(found, Unread) and found.forbidden:
+            one = self.get(f"/api/v1/namespaces/{namespace}")
+            return one if isinstance(one, Unread) else [] if one is None else [one]
+        return found
 
     def api(self) -> Api:
         """Raises `Failure` if there is no API server, or it does not let this user in."""
@@ -239,11 +262,11 @@ def _yaml(text: str) -> Mapping[str, Any]:
     return parsed
 
 
-def _mesh(ask: _Ask, namespace: str, values: InstallValues | Unread, roots: str | Unread) -> Mesh:
+def _mesh(ask: _Ask, namespace: str, values: InstallValues | Unread, roots: str | Unread, only: str | None) -> Mesh:
     from mantle.manifests.render import PART_OF, PART_OF_VALUE, TrustMaterial, identify, install_objects
 
     if isinstance(values, Unread):
-        return Mesh(namespace, mantle.__version__, values, "", False, "", (), frozenset(), (), ())
+        return Mesh(namespace, mantle.__version__, values, "", False, "", (), frozenset(), (), (), only)
     expected = [
         identify(obj)
         for obj in install_objects(values, TrustMaterial("" if isinstance(roots, Unread) else roots, emit_roots=False))
@@ -408,12 +431,17 @@ def _data(
     cluster: Cluster,
     namespace: str,
     only: str | None,
-    values: InstallValues,
+    values: InstallValues | Unread,
     roots: str | Unread,
     proxies: bool,
 ) -> Data:
     from mantle.manifests.config import injection_values
 
+    injecting: Values | Unread
+    if isinstance(values, Unread):
+        injecting = values
+    else:
+        injecting = roots if isinstance(roots, Unread) else injection_values(values, roots)
     summary: Object | Unread = Unread("not asked")
     if proxies:
         try:
@@ -421,13 +449,13 @@ def _data(
         except Failure as failure:
             summary = Unread(failure.message, failure.problems[0].fix or "`kubectl -n mantle get pods`")
     return Data(
-        pods=ask.list("/api/v1/pods"),
-        namespaces=ask.list("/api/v1/namespaces"),
-        values=roots if isinstance(roots, Unread) else injection_values(values, roots),
-        version=values.version,
+        pods=ask.of("pods", only),
+        namespaces=ask.namespaces(only),
+        values=injecting,
+        version="" if isinstance(values, Unread) else values.version,
         summary=summary,
         control_namespace=namespace,
-        services=ask.list("/api/v1/services"),
+        services=ask.of("services", only),
         namespace=only,
     )
 

@@ -77,6 +77,8 @@ class Mesh:
     present: frozenset[tuple[str, str, str]] | Unread
     deployments: Listed
     pods: Listed
+    only: str | None = None
+    """The one namespace that is asked about; None: the whole mesh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,17 +219,26 @@ def before(
 def installation(mesh: Mesh) -> list[Finding]:
     """Is everything there that was installed, and does it run?"""
     again = "`mantle upgrade | kubectl apply -f -` puts it back"
+    description = f"Mantle is installed in namespace {mesh.namespace}"
+    if isinstance(mesh.config, Unread) and mesh.config.forbidden:
+        if mesh.only is not None:
+            return [unread(description, mesh.config, "install-config")]
+        # Nothing is known of the mesh then, which must not look like health.
+        fix = (
+            "ask somebody who may read it; of a namespace of your own you see more: `mantle check --proxy -n NAMESPACE`"
+        )
+        return [Finding(description, Result.ERROR, f"not known: {mesh.config}", fix, id="install-config")]
     if isinstance(mesh.config, Unread) or mesh.config:
         return [
             Finding(
-                f"Mantle is installed in namespace {mesh.namespace}",
+                description,
                 Result.ERROR,
                 str(mesh.config),
                 "`mantle install | kubectl apply -f -`, or name its namespace with --control-namespace",
                 id="install-config",
             )
         ]
-    findings = [Finding(f"Mantle is installed in namespace {mesh.namespace}", id="install-config")]
+    findings = [Finding(description, id="install-config")]
     description = "everything that was installed is there"
     if isinstance(mesh.present, Unread):
         findings.append(unread(description, mesh.present, "install-objects"))

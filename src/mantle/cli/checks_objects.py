@@ -23,6 +23,8 @@ class Unread:
 
     why: str
     fix: str = "ask somebody who may read it to run `mantle check`"
+    forbidden: bool = False
+    """True if this user may not read it; it may well be there."""
 
     def __str__(self) -> str:
         return self.why

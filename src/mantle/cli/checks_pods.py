@@ -58,6 +58,7 @@ class Data:
     values: Values | Unread
     """What the injector injects with; its trust anchors are those of now."""
     version: str
+    """Of the control plane; empty if it is not known, as `values` are not."""
     summary: Object | Unread
     control_namespace: str
     services: Listed = ()
@@ -122,10 +123,11 @@ def data_plane(data: Data, now: datetime) -> list[Finding]:
         for pod in inside
         if (found := annotations_of(pod).get(PROXY_VERSION)) not in (None, data.version)
     ]
+    about = "every proxy is of the control plane's version"
     findings.append(
-        good_unless(
-            "every proxy is of the control plane's version", versions, restart, Result.WARNING, id="proxy-version"
-        )
+        good_unless(about, versions, restart, Result.WARNING, id="proxy-version")
+        if data.version or not isinstance(data.values, Unread)
+        else unread(about, data.values, "proxy-version")
     )
     if isinstance(data.summary, Unread):
         findings.append(
