@@ -72,6 +72,13 @@ def test_endpoints_with_who_must_be_there(views: FakeViews) -> None:
         "emojivoto   10.0.0.3   8080   web-3   web-svc\n"
     )
     assert views.asked == [("endpoints", "emojivoto", {"authority": "web-svc.emojivoto:80"})]
+    mantle("diagnostics endpoints web-svc:80 -n emojivoto")
+    mantle("diagnostics endpoints web-svc:80 web-svc.other.svc.cluster.local:80")
+    assert [(namespace, query["authority"]) for _, namespace, query in views.asked[1:]] == [
+        ("emojivoto", "web-svc.emojivoto:80"),
+        ("from-context", "web-svc.from-context:80"),
+        ("other", "web-svc.other.svc.cluster.local:80"),
+    ]
     wide = mantle("diagnostics endpoints web-svc.emojivoto:80 -o wide").stdout.splitlines()
     assert [line.split()[5:] for line in wide[1:]] == [
         ["web.emojivoto", "link", "to", "4143"], ["-", "plaintext"], ["web.emojivoto", "TLS"]
@@ -120,7 +127,8 @@ def test_metrics_with_a_head_for_each_pod_and_the_missing_ones_named(views: Fake
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("diagnostics endpoints web-svc:80", "write NAME.NAMESPACE:PORT"),
+        ("diagnostics endpoints web-svc", "write NAME.NAMESPACE:PORT"),
+        ("diagnostics endpoints web-svc.:80", "write NAME.NAMESPACE:PORT"),
         ("diagnostics endpoints a.b:1 -l x", "--selector is not possible here"),
         ("diagnostics policy deploy/web", "end with a port"),
         ("diagnostics policy svc 80", "name one service"),

@@ -22,21 +22,24 @@ def command() -> None:
 
 
 @mesh_command("endpoints")
-@click.argument("authorities", nargs=-1, required=True, metavar="NAME.NAMESPACE:PORT…")
+@click.argument("authorities", nargs=-1, required=True, metavar="NAME[.NAMESPACE]:PORT…")
 def endpoints(flags: Globals, authorities: tuple[str, ...]) -> None:
     """Where a service's connections go, as the control plane tells its clients.
 
     \b
     mantle diagnostics endpoints web-svc.emojivoto:80 emoji-svc.emojivoto.svc.cluster.local:8080
+    mantle diagnostics endpoints web-svc:80 -n emojivoto
     """
     output = flags.output_of("table", "wide", "json")
-    named = [(authority, _namespace(authority)) for authority in authorities]
+    parsed = [_authority(text) for text in authorities]
     mesh = target(flags, json=output == "json")
+    default = flags.namespace or mesh.default_namespace
     found: list[Any] = []
     problems: list[Problem] = []
-    for authority, namespace in named:
+    for name, namespace, rest in parsed:
+        authority = f"{name}.{namespace or default}{rest}"
         try:
-            found.append(mesh.views.get("endpoints", namespace, authority=authority))
+            found.append(mesh.views.get("endpoints", namespace or default, authority=authority))
         except Failure as error:
             problems += error.problems
     if output == "json":
@@ -47,12 +50,13 @@ def endpoints(flags: Globals, authorities: tuple[str, ...]) -> None:
         raise Failure.of(problems)
 
 
-def _namespace(authority: str) -> str:
-    host, colon, port = authority.rpartition(":")
-    parts = host.split(".")
-    if not colon or len(parts) < 2 or not all(parts[:2]) or not port.isdecimal():
-        raise click.UsageError(f"{authority}: write NAME.NAMESPACE:PORT, such as web-svc.emojivoto:80")
-    return parts[1]
+def _authority(text: str) -> tuple[str, str, str]:
+    """The service's name, its namespace (empty: that of -n), and what follows. Raises `click.UsageError`."""
+    host, colon, port = text.rpartition(":")
+    name, *more = host.split(".", 2)
+    if not colon or not name or "" in more or not port.isdecimal():
+        raise click.UsageError(f"{text}: write NAME.NAMESPACE:PORT, such as web-svc.emojivoto:80")
+    return name, more[0] if more else "", (f".{more[1]}" if len(more) > 1 else "") + f":{port}"
 
 
 def endpoints_table(rows: Sequence[Mapping[str, Any]], *, wide: bool = False) -> str:
