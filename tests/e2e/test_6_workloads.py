@@ -17,6 +17,21 @@ import sys, urllib.request
 print(urllib.request.urlopen("http://web-svc.emojivoto/api/list", timeout=20).status, flush=True)
 """
 
+PROBED = """
+import http.server, signal, sys, threading
+well = True
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        global well
+        if self.client_address[0] == "127.0.0.1":
+            well = self.path == "/well"
+        self.send_response(200 if well or self.path != "/ready" else 503)
+        self.end_headers()
+server = http.server.ThreadingHTTPServer(("0.0.0.0", 8080), Page)
+signal.signal(15, lambda *_: threading.Thread(target=server.shutdown).start())
+server.serve_forever()
+"""
+
 
 @pytest.fixture(scope="module")
 def space(emojivoto: Cluster) -> Iterator[Cluster]:
@@ -82,6 +97,47 @@ def test_a_classic_sidecar_is_ready_before_the_application_starts(space: Cluster
     assert until(lambda: space.kubectl("logs", "-n", NAMESPACE, "classic", "-c", "ask"), "it has asked") == "200\n"
     status = space.get("pod", "classic", "-n", NAMESPACE)["status"]["containerStatuses"]
     assert {item["name"]: item["restartCount"] for item in status} == {"ask": 0, "mantle-guard": 0, "mantle-proxy": 0}
+
+
+def test_probes_reach_an_application_that_takes_meshed_clients_only(space: Cluster) -> None:
+    """The kubelet is not in the mesh: what it probes, and nothing else, is open to it, and the application answers."""
+    http = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "failureThreshold": 1}
+    container = {
+        "name": "main",
+        "image": PYTHON,
+        "command": ["/usr/bin/python3", "-c", PROBED],
+        "ports": [{"name": "http", "containerPort": 8080}],
+        "startupProbe": {"exec": {"command": ["/usr/bin/python3", "-c", ""]}, "periodSeconds": 1},
+        "readinessProbe": http,
+        "livenessProbe": {"tcpSocket": {"port": 8080}, "periodSeconds": 1},
+    }
+    policy = {"config.mantle.dev/default-inbound-policy": "all-authenticated"}
+    apply(space, "Pod", "v1", "probed", {"containers": [container]}, **policy)
+
+    def ready(wanted: str) -> None:
+        space.kubectl(
+            "wait", "-n", NAMESPACE, "pod/probed", f"--for=condition=Ready={wanted}", "--timeout=120s", timeout=150
+        )
+
+    def tell(word: str) -> None:
+        ask = f"import urllib.request as r; r.urlopen('http://127.0.0.1:8080/{word}', timeout=20)"
+        space.kubectl("exec", "-n", NAMESPACE, "probed", "-c", "main", "--", "/usr/bin/python3", "-c", ask)
+
+    ready("true")
+    address = space.get("pod", "probed", "-n", NAMESPACE)["status"]["podIP"]
+    status = ("curl", "-s", "-m", "20", "-o", "/dev/null", "-w", "%{http_code}", f"http://{address}:8080")
+    assert space.node(*status[:-1], f"{status[-1]}/ready") == "200"
+    assert space.node(*status[:-1], f"{status[-1]}/secret") == "403", "nobody else gets in from outside the mesh"
+    tell("sick")
+    ready("false")
+    tell("well")
+    ready("true")
+    (main,) = (
+        item for item in space.get("pod", "probed", "-n", NAMESPACE)["status"]["containerStatuses"]
+        if item["name"] == "main"
+    )  # fmt: skip
+    assert main["restartCount"] == 0
+    space.kubectl("delete", "pod", "-n", NAMESPACE, "probed", "--wait=false")
 
 
 def test_why_a_pod_is_not_meshed_stands_on_it_and_on_its_workload(space: Cluster) -> None:
