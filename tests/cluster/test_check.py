@@ -248,7 +248,7 @@ def test_a_migration_moves_what_it_can_and_takes_the_list_away_again(api_server:
         "apply", "-f", "-", input=json.dumps({"kind": "List", "apiVersion": "v1", "items": [deployment, secret]})
     )
     api_server.kubectl("-n", namespace, "wait", "--for=create", "--timeout=30s", "pod", "-l", "app=web")
-    where = ("migrate-tls", "-n", namespace, "--control-namespace", installed)
+    where = ("migrate-tls", "-n", namespace)  # where the mesh lives is found
     dry = mantle(api_server, *where, "--dry-run")
     assert (dry.returncode, dry.stdout) == (0, f"deployment/web of {namespace} is to be moved\n")
     done = mantle(api_server, *where, "--timeout", "2s")

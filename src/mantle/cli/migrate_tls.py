@@ -31,22 +31,24 @@ SELECTOR = "mantle.dev/tls=optional"
 
 @mesh_command("migrate-tls", selects="A")
 @click.option("--timeout", metavar="DURATION", default="30m", help="How long it may take; nothing is accepted longer.")
-@click.option("--control-namespace", metavar="NAME", default="mantle", help="Where the mesh lives.")
+@click.option("--control-namespace", metavar="NAME", help="Where the mesh lives (default: where it is found).")
 @click.option("--dry-run", is_flag=True, help="Say what would be moved, and change nothing.")
-def command(flags: Globals, timeout: str, control_namespace: str, dry_run: bool) -> int:
+def command(flags: Globals, timeout: str, control_namespace: str | None, dry_run: bool) -> int:
     """Move workloads from the experimental mode to the default one, without a gap.
 
     \b
     mantle migrate-tls              every workload
     mantle migrate-tls -n NAMESPACE those of one namespace
     """
+    from mantle.cli.cluster_facts import control_namespaces
     from mantle.cli.target import cluster
     from mantle.core import tls_migration
 
     target = cluster(flags)
     sys.stderr.write(f"{escape(str(target))}\n")
     client = target.client
-    names = _names(client, control_namespace)
+    control = control_namespace or next(iter(control_namespaces(client)), "mantle")
+    names = _names(client, control)
     namespace = None if flags.all_namespaces else flags.namespace
     plan = tls_migration.plan(tls_migration.owners_of(_pods(client, namespace)), names)
     for owner, advice in plan.by_hand.items():
@@ -59,7 +61,7 @@ def command(flags: Globals, timeout: str, control_namespace: str, dry_run: bool)
         return 0
     until = datetime.now(UTC) + timedelta(seconds=seconds_of(timeout))
     roots = _roots(client, plan.move)
-    with _accepting(client, plan, roots, control_namespace):
+    with _accepting(client, plan, roots, control):
         for owner in plan.move:
             body = tls_migration.patch(owner, tls_migration.stated(roots, until))
             _change(client, tls_migration.PATHS[owner.kind].format(owner.namespace, owner.name), body)
