@@ -1,6 +1,7 @@
 """`mantle inject` as a person runs it: text in, text out, the report on standard error."""
 
 import contextlib
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -284,6 +285,16 @@ def test_urls_are_read_within_bounds(url: str, monkeypatch: pytest.MonkeyPatch):
     assert result.stdout == inject(WEB).stdout and 'deployment "web" injected' in result.stderr
     assert "404 Not Found" in str(inject("", f"{url}/gone.yml").exception)
     assert "is larger than 16 MiB" in str(inject("", f"{url}/huge.yml").exception)
+
+
+def test_a_redirect_from_https_to_http_is_refused(monkeypatch: pytest.MonkeyPatch):
+    class Answer(io.BytesIO):
+        url = "http://example.org/web.yml"
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Answer(WEB.encode()))
+    result = inject("", "https://example.org/web.yml")
+    assert "leads to http://example.org/web.yml, which anybody on the way could change" in str(result.exception)
+    assert inject("", "http://example.org/web.yml").stdout == inject(WEB).stdout, "who says http means it"
 
 
 def test_the_same_key_twice_is_a_broken_document_and_says_where():
