@@ -6,6 +6,8 @@ A page's blocks run in order, in one fresh directory with this checkout's progra
 - ```` ```console ```` runs each line that begins with `$ ` in bash; what follows up to the next one is what it must
   print (standard output, then standard error). `...` stands for anything within a line, and as a line of its own for
   any lines. `exit code N` as the last line is the exit code, 0 otherwise;
+- ```` ```sh WORD ```` needs a cluster; `page_blocks.RUNNERS` says which test runs it there, and rules below hold
+  each block to that;
 - other blocks are for reading.
 
 $MANTLE_MESH names a mesh of the page's own. A page that says `<!-- makes: mesh -->` may start it; one that says
@@ -20,9 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from page_blocks import PAGES, ROOT, RUNNERS
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 BLOCK = re.compile(r"(?ms)^```(yaml|console)([^\n]*)\n(.*?)^```$")
 TIMEOUT_SECONDS = 120
 
@@ -86,11 +87,32 @@ FROM_A_CHECKOUT = {"README.md"}
 COMMANDS = "demo up down ps logs exec port-forward inject tap edges stat check identity version completion"
 
 
+LANGUAGES = {"console", "sh", "text", "yaml"}
+SHELL = re.compile(r"(?m)^(?:\$ |(?:    |\t)(?:mantle|kubectl|helm|make) )")
+"""A line that shows a command outside of the blocks that are run: after a prompt, or indented as code."""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_no_page_shows_a_command_that_nobody_runs(page: Path):
-    for language, _, body in re.findall(r"(?ms)^```(\w*)([^\n]*)\n(.*?)^```$", page.read_text()):
-        if re.search(r"(?m)^\$ ", body) and language != "console":
-            assert page.name in ELSEWHERE | FROM_A_CHECKOUT, f"{page.name}: mark the block as console:\n{body}"
+    text = page.read_text()
+    for language, argument, body in re.findall(r"(?ms)^```(\w*)([^\n]*)\n(.*?)^```$", text):
+        assert language in LANGUAGES, f"{page.name}: say what this block is, with one of {LANGUAGES}:\n{body}"
+        if language == "sh":
+            word, _, rest = argument.strip().partition(" ")
+            claimed = word in RUNNERS and rest in ("", "fresh")
+            assert claimed or (word == "nobody:" and rest), f"{page.name}: who runs this block? {set(RUNNERS)}\n{body}"
+            assert (word == "make") == (page.name in FROM_A_CHECKOUT and body.startswith("make ")), body
+        elif language == "text" and SHELL.search(body):
+            ours = page.name in ELSEWHERE and re.findall(r"(?m)^\$ (?!mantle )", body) == []
+            assert ours or page.name in FROM_A_CHECKOUT, f"{page.name}: mark the block as console or sh:\n{body}"
+    outside = re.sub(r"(?ms)^```.*?^```$", "", text)
+    assert not SHELL.search(outside), f"{page.name}: put the command into a block of its own"
+
+
+@pytest.mark.parametrize("word", RUNNERS)
+def test_each_word_of_a_block_has_a_test_that_runs_all_of_its_pages(word: str):
+    runner = (ROOT / RUNNERS[word]).read_text()
+    assert word == "make" or (f'pages("{word}")' in runner and f', "{word}")' in runner), RUNNERS[word]
 
 
 def test_every_command_has_its_help_on_a_page():
@@ -101,7 +123,7 @@ def test_every_command_has_its_help_on_a_page():
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_what_make_is_said_to_do_it_can_do(page: str):
     targets = set(re.findall(r"(?m)^([a-z0-9]+):", (ROOT / "Makefile").read_text()))
-    shown = re.findall(r"(?ms)^```sh\n(.*?)^```$", (ROOT / page).read_text())
+    shown = re.findall(r"(?ms)^```sh(?: make)?\n(.*?)^```$", (ROOT / page).read_text())
     lines = [line for block in shown for line in block.splitlines() if line.startswith("make ")]
     words = {word for line in lines for word in line.partition("#")[0].split()[1:] if "=" not in word}
     assert lines and words <= targets

@@ -40,9 +40,11 @@ class Cluster:
 
     environment: dict[str, str]
 
-    def run(self, *argv: str, given: str | None = None, timeout: float = PATIENCE, code: int | None = 0) -> str:
+    def run(
+        self, *argv: str, given: str | None = None, timeout: float = PATIENCE, code: int | None = 0, cwd: Path = ROOT
+    ) -> str:
         """Standard output of a command; `code` is what it must exit with (None: anything)."""
-        options: Any = {"input": given, "capture_output": True, "text": True, "env": self.environment, "cwd": ROOT}
+        options: Any = {"input": given, "capture_output": True, "text": True, "env": self.environment, "cwd": cwd}
         try:
             done = subprocess.run(argv, timeout=timeout, check=False, **options)
         except subprocess.TimeoutExpired as late:

@@ -8,21 +8,22 @@ from collections.abc import Iterator
 
 import pytest
 from e2e.stage import EMOJIVOTO, Cluster, until
+from page_blocks import blocks, desk, pages
 
-NAMESPACE = "optional"
+NAMESPACE = "shop"
+(PAGE,) = pages("optional")
+INSTALL, MIGRATE, LEAVE = blocks(PAGE, "optional")
 WORKLOADS = ("emoji", "voting", "web", "vote-bot")
 
 
 @pytest.fixture(scope="module")
-def weak(cluster: Cluster) -> Iterator[Cluster]:
-    """A mesh with the mode, and emojivoto in it; afterwards neither is there."""
-    cluster.apply(cluster.mantle("upgrade", "--tls=optional"))
-    cluster.rolled_out("mantle")
+def weak(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A mesh with the mode, and emojivoto in it, by the page's own commands; afterwards neither is there."""
     text = re.sub(
         r"(namespace: |-svc\.|(?<=kind: Namespace\nmetadata:\n  )name: )emojivoto\b", rf"\1{NAMESPACE}", EMOJIVOTO
     )
     try:
-        cluster.apply(cluster.mantle("inject", "--tls=optional", "-", given=text))
+        cluster.run(*INSTALL.command, timeout=600, cwd=desk(tmp_path_factory.mktemp("desk"), PAGE, text))
         cluster.rolled_out(NAMESPACE)
         yield cluster
     finally:
@@ -80,7 +81,7 @@ def test_check_says_that_it_is_weaker(weak: Cluster) -> None:
 
 def test_one_command_moves_all_of_it_to_the_default_mode(weak: Cluster) -> None:
     """The command itself waits for each rolling update; what it made to bridge the two modes is gone afterwards."""
-    said = weak.mantle("migrate-tls", "-n", NAMESPACE, timeout=300)
+    said = weak.run(*MIGRATE.command, timeout=600)
     assert "moved: every workload is of the default mode" in said
     assert weak.get("configmaps", "-n", NAMESPACE, "-l", "mantle.dev/tls=migration")["items"] == []
 
@@ -95,3 +96,15 @@ def test_one_command_moves_all_of_it_to_the_default_mode(weak: Cluster) -> None:
         return bool(columns) and all(tls == "100%" for tls in columns.values())
 
     until(all_tls, "100% TLS in the default mode", seconds=120)
+
+
+def test_afterwards_the_ca_and_its_secrets_can_go(weak: Cluster) -> None:
+    weak.run(*LEAVE.command, timeout=300)
+    weak.rolled_out("mantle")
+
+    def gone() -> bool:
+        deployments = weak.kubectl("get", "deploy", "-n", "mantle", "-o", "name")
+        secrets = weak.get("secrets", "-A", "-l", "mantle.dev/tls=optional")["items"]
+        return "mantle-ca" not in deployments and secrets == []
+
+    until(gone, "neither the ca nor a Secret of it is left")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from e2e.stage import EMOJIVOTO, Cluster, until
+from page_blocks import blocks, desk, pages
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 OURS = "clusterroles,clusterrolebindings,mutatingwebhookconfigurations,apiservices"
@@ -13,10 +16,11 @@ def test_uninject_restores_the_exact_original(cluster: Cluster) -> None:
     assert cluster.mantle("uninject", "-", given=cluster.mantle("inject", "-", given=EMOJIVOTO)) == EMOJIVOTO
 
 
-def test_uninstall_leaves_nothing_and_emojivoto_runs_on(emojivoto: Cluster) -> None:
-    emojivoto.apply(emojivoto.mantle("uninject", "-", given=emojivoto.mantle("inject", "-", given=EMOJIVOTO)))
-    emojivoto.kubectl("annotate", "ns", "emojivoto", "mantle.dev/inject-")
-    emojivoto.kubectl("delete", "-f", "-", "--timeout=120s", given=emojivoto.mantle("uninstall"), timeout=180)
+def test_uninstall_leaves_nothing_and_emojivoto_runs_on(emojivoto: Cluster, tmp_path: Path) -> None:
+    """With the page's own commands: uninject, restart, uninstall."""
+    (page,) = pages("leave")
+    (block,) = blocks(page, "leave")
+    emojivoto.run(*block.command, timeout=400, cwd=desk(tmp_path, page))
     left = [
         f"{item['kind']}/{item['metadata']['name']}"
         for item in emojivoto.get(OURS)["items"]
@@ -29,7 +33,6 @@ def test_uninstall_leaves_nothing_and_emojivoto_runs_on(emojivoto: Cluster) -> N
         pods = emojivoto.pods("emojivoto")
         return bool(pods) and not [p for p in pods if len(p["spec"].get("initContainers", []))]
 
-    emojivoto.kubectl("rollout", "restart", "deploy", "-n", "emojivoto")
     emojivoto.rolled_out("emojivoto")
     until(plain, "emojivoto runs without proxies", 60)
     until(
