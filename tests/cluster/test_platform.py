@@ -42,7 +42,7 @@ class Follower:
             self.seen += 1
 
     async def until(self, true: Callable[[Snapshot], Any]) -> Snapshot:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not true(self.now):
                 await asyncio.sleep(0.02)
         return self.now

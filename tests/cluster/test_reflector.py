@@ -40,6 +40,7 @@ def config_maps(namespace: str) -> Resource[ConfigMap, str, dict[str, str]]:
         f"/api/v1/namespaces/{namespace}/configmaps",
         ConfigMap,
         lambda raw: (raw.metadata.name, raw.data if raw.metadata.name != "kube-root-ca.crt" else None),
+        lambda sketch, known: (sketch.name, known.get(sketch.name)),
     )
 
 
@@ -65,7 +66,7 @@ class Play:
         return await asyncio.to_thread(self.server.kubectl, "-n", self.namespace, *args, input=input)
 
     async def until(self, true: Callable[[], bool], what: str) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not true():
                 await asyncio.sleep(0.02)
         assert true(), what
@@ -88,7 +89,7 @@ async def reflecting(client: Client, play: Play, timing: Timing = QUICK) -> Asyn
         play.reflector = Reflector(client.http, config_maps(play.namespace), play.heard, timing)
         task = asyncio.ensure_future(play.reflector.run())
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await play.reflector.synced.wait()
             yield
         finally:

@@ -55,8 +55,8 @@ EVERYTHING = Pod(
 # ---- values and messages ----
 
 
-ONLY_ON_A_CLUSTER = {"more_ips", "more_cluster_ips", "external_name"}
-"""One machine has one address family and no names that lead elsewhere."""
+ONLY_ON_A_CLUSTER = {"more_ips", "more_cluster_ips", "external_name", "unreadable"}
+"""One machine has one address family, no names that lead elsewhere, and reads what it wrote itself."""
 
 
 def test_every_field_of_every_object_survives_the_wire() -> None:

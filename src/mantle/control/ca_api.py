@@ -15,6 +15,7 @@ import msgspec
 
 from mantle.core.optional_names import LABEL_TLS, OPTIONAL, Owner, owner_of
 from mantle.core.optional_tls import CA_SECRET
+from mantle.platform.kubernetes.reading import Sketch, anything
 from mantle.platform.kubernetes.reflector import Resource
 
 CONFLICT, NOT_FOUND = 409, 404
@@ -72,8 +73,14 @@ def _convert(raw: _Pod) -> tuple[tuple[str, str], PodOfMode | None]:
     return (meta.namespace, meta.name), None if owner is None else PodOfMode(owner, controller)
 
 
+def _instead(sketch: Sketch, known: Mapping[tuple[str, str], PodOfMode]) -> tuple[tuple[str, str], PodOfMode | None]:
+    """A pod that cannot be read stays as it was: its Secret goes on being renewed."""
+    name = (sketch.namespace, sketch.name)
+    return name, known.get(name)
+
+
 PODS: Resource[_Pod, tuple[str, str], PodOfMode] = Resource(
-    "/api/v1/pods", _Pod, _convert, metadata_only=True, params={"labelSelector": f"{LABEL_TLS}={OPTIONAL}"}
+    "/api/v1/pods", _Pod, _convert, _instead, metadata_only=True, params={"labelSelector": f"{LABEL_TLS}={OPTIONAL}"}
 )
 """Names, labels, annotations and owners of the mode's pods: the `ca` has no use for the rest."""
 
@@ -131,7 +138,7 @@ class Api:
             response = await self._http.request(method, path, json=body)
             if not response.is_success:
                 raise Refused(f"{method} {path}", response.status_code, _message(response))
-            return dict(response.json())
+            return dict(anything(response.content))
 
 
 @asynccontextmanager

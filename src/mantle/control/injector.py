@@ -9,7 +9,6 @@ decides whether the pod runs without the mesh (Ignore) or not at all (Fail).
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +22,7 @@ from mantle.control.injector_events import Events
 from mantle.core.admission import OWNERS_ABOVE, Decision, NotAReview, Outcome, Owner, controller, decide, pod_of
 from mantle.core.proxy_env import Values
 from mantle.platform.kubernetes.calls import Refused, Unreachable
+from mantle.platform.kubernetes.reading import anything
 
 log = logging.getLogger(__name__)
 
@@ -130,14 +130,21 @@ class Injector:
         """`POST /`. A decision has status 200; anything else makes the API server follow the failurePolicy."""
         with self._seconds.time():
             try:
-                review = await request.json()
+                review = _read(await request.read())
                 decision = await self.admit(review)
-            except (json.JSONDecodeError, UnicodeDecodeError, NotAReview) as error:
+            except NotAReview as error:
                 return web.Response(status=400, text=f"{error}\n")
             except (Refused, Unreachable) as error:
                 log.error("no decision: %s", error)
                 return web.Response(status=503, text=f"mantle-injector cannot decide: {error}\n")
             return web.json_response(decision.review)
+
+
+def _read(body: bytes) -> Any:
+    try:
+        return anything(body)
+    except ValueError as error:
+        raise NotAReview(f"found no JSON: {error}") from error
 
 
 def _remember(memory: OrderedDict[str, Any], key: str, value: Any) -> None:

@@ -15,6 +15,7 @@ from mantle.control.answers import Answers, Context, Status
 from mantle.control.wire import read_address, server_policy_bytes, service_policy_bytes
 from mantle.core.endpoints import AddressTarget, BadTarget, ServiceTarget, depends_on, parse_path
 from mantle.core.model import Key
+from mantle.core.names import BadName
 from mantle.core.policy import NotOurs, ServerPolicy, ServicePolicy, inbound, outbound
 from mantle.core.world import World
 from mantle.gen.io.linkerd.proxy import inbound_pb2, outbound_pb2
@@ -69,11 +70,16 @@ async def _traffic(
     return target
 
 
-def _service_messages(_: ServicePolicy | NotOurs | None, now: ServicePolicy | NotOurs) -> tuple[bytes, ...]:
-    return () if isinstance(now, NotOurs) else (service_policy_bytes(now),)
+Outbound = ServicePolicy | NotOurs | BadName
 
 
-def _not_ours(value: ServicePolicy | NotOurs) -> Status | None:
+def _service_messages(_: Outbound | None, now: Outbound) -> tuple[bytes, ...]:
+    return () if isinstance(now, NotOurs | BadName) else (service_policy_bytes(now),)
+
+
+def _not_ours(value: Outbound) -> Status | None:
+    if isinstance(value, BadName):
+        return Status(grpc.StatusCode.UNAVAILABLE, str(value))
     return Status(grpc.StatusCode.NOT_FOUND, "not a service of this mesh") if isinstance(value, NotOurs) else None
 
 

@@ -99,8 +99,9 @@ def check_caller(
     if (client.namespace, client.service_account) == (world.mesh.names.control_namespace, DIAGNOSING):
         return Caller(presented.client_id, workload)
     facts = world.pods.get(workload)
-    if facts is None:
-        return CallerDenied(CallerRefused.UNKNOWN_WORKLOAD, f"the workload {workload}", "a pod that exists")
+    if facts is None or facts.pod.unreadable:
+        wanted = "a pod that exists" if facts is None else "a pod that can be read"
+        return CallerDenied(CallerRefused.UNKNOWN_WORKLOAD, f"the workload {workload}", wanted)
     if client.namespace != workload.namespace or client.service_account != facts.pod.service_account:
         return CallerDenied(
             CallerRefused.OTHER_WORKLOAD,

@@ -18,7 +18,7 @@ from mantle.core.annotations import LABEL_CONTROL_NS
 from mantle.core.model import Key, Service, ServicePort, SliceEndpoint
 from mantle.core.names import BadName, is_label
 from mantle.core.reasons import NoIdentity, NotADestination
-from mantle.core.world import HEADLESS, PodFacts, Tag, View, World, is_optional
+from mantle.core.world import HEADLESS, PodFacts, Tag, View, World, is_optional, unreadable
 
 KEPT_ENDPOINTS = 32
 """Of one pod: callers may ask for any port."""
@@ -249,8 +249,8 @@ def _seen(facts: PodFacts, view: View) -> str | NoIdentity | BadName:
 def profile(world: World, target: ServiceTarget | AddressTarget) -> Profile | BadName:
     """What is known about a name or an address. A stranger's profile is empty.
 
-    A `BadName` is a meshed pod whose identity cannot be written. It must not look like a stranger (that would be
-    plaintext): the caller gets an error that it retries.
+    A `BadName` is a meshed pod whose identity cannot be written, or a pod or service that cannot be read. It must not
+    look like a stranger (that would be plaintext): the caller gets an error that it retries.
     """
     if isinstance(target, ServiceTarget):
         return _service_profile(world, world.snapshot.services.get(target.key), target.port)
@@ -271,7 +271,9 @@ def service_port(service: Service, number: int) -> ServicePort | None:
     return next((port for port in service.ports if port.port == number and port.protocol == "TCP"), None)
 
 
-def _service_profile(world: World, service: Service | None, number: int) -> Profile:
+def _service_profile(world: World, service: Service | None, number: int) -> Profile | BadName:
+    if service is not None and service.unreadable:
+        return unreadable(service.key)
     port = service_port(service, number) if service else None
     if service is None or port is None:
         return Profile()
@@ -279,14 +281,19 @@ def _service_profile(world: World, service: Service | None, number: int) -> Prof
     return Profile(service.key, number, name, world.service_port_opaque(service, port))
 
 
-def service_at(world: World, target: ServiceTarget | AddressTarget) -> tuple[Service, ServicePort] | None:
-    """The service and port that clients mean with an address or name; None if it is none (a pod, a stranger)."""
+def service_at(world: World, target: ServiceTarget | AddressTarget) -> tuple[Service, ServicePort] | BadName | None:
+    """The service and port that clients mean with an address or name; None if it is none (a pod, a stranger), a
+    `BadName` if it cannot be read.
+    """
     if isinstance(target, AddressTarget):
         service = world.services_by_ip.get(target.ip)
     else:
         service = world.snapshot.services.get(target.key)
-        if service is not None and (service.external_name or _without_endpoints(world, service)):
-            return None
+    if service is not None and service.unreadable:
+        return unreadable(service.key)
+    by_name = service if isinstance(target, ServiceTarget) else None
+    if by_name is not None and (by_name.external_name or _without_endpoints(world, by_name)):
+        return None
     port = service_port(service, target.port) if service else None
     return None if service is None or port is None else (service, port)
 

@@ -68,6 +68,8 @@ class Pod:
     """(port, path) of each httpGet and grpc probe: reachable without identity where the policy would refuse."""
     more_ips: tuple[str, ...] = ()
     """Its addresses beside `ip`: a dual-stack pod has one of each family."""
+    unreadable: bool = False
+    """It exists and cannot be read: only its name and addresses count, and nobody may take it for an unmeshed one."""
 
     @property
     def ips(self) -> tuple[str, ...]:
@@ -100,6 +102,8 @@ class Service:
     """What DNS answers for a service of type ExternalName: it has no endpoints, traffic goes where the name leads."""
     ip_family: str = "IPv4"
     """Of the endpoints that are balanced over: the service's first family."""
+    unreadable: bool = False
+    """It exists and cannot be read: nothing but its name and addresses counts. Its addresses are no stranger's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from enum import Enum, auto
 from mantle.core.annotations import LABEL_COMPONENT
 from mantle.core.endpoints import AddressTarget, ServiceTarget, service_at, service_name
 from mantle.core.model import Key
+from mantle.core.names import BadName
 from mantle.core.world import EVERYWHERE, Mesh, Network, PodFacts, World
 
 AUTHENTICATED = {"all-unauthenticated": "all-authenticated", "cluster-unauthenticated": "cluster-authenticated"}
@@ -114,9 +115,13 @@ def default_authorizations(mesh: Mesh, policy: str) -> tuple[Authorization, ...]
     return ()
 
 
-def outbound(world: World, target: ServiceTarget | AddressTarget) -> ServicePolicy | NotOurs:
-    """The policy of traffic to an address or name: a service's, or that it is not ours."""
+def outbound(world: World, target: ServiceTarget | AddressTarget) -> ServicePolicy | NotOurs | BadName:
+    """The policy of traffic to an address or name: a service's, or that it is not ours. A `BadName` is a service that
+    cannot be read: it must not be passed through like a stranger.
+    """
     found = service_at(world, target)
+    if isinstance(found, BadName):
+        return found
     if found is None:
         return NotOurs()
     service, port = found

@@ -133,6 +133,8 @@ class NameRefused(StrEnum):
     """The namespace is not a DNS-1123 label."""
     NOT_A_SUBDOMAIN = "not_a_subdomain"
     """The service account is not a DNS-1123 subdomain."""
+    UNREADABLE = "unreadable"
+    """The pod or service exists, but the API server's answer about it cannot be read."""
 
 
 @unique

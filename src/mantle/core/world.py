@@ -18,7 +18,7 @@ from mantle.core.model import EMPTY, Changes, EndpointSlice, Key, Namespace, Pod
 from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.optional_names import LABEL_TLS, MIGRATION, OPTIONAL, OptionalNames, owner_of
 from mantle.core.pod_facts import DEFAULT_OPAQUE
-from mantle.core.reasons import NoIdentity
+from mantle.core.reasons import NameRefused, NoIdentity
 
 Name = TypeVar("Name", bound=Hashable)
 Value = TypeVar("Value")
@@ -153,13 +153,17 @@ class World:
         return port.port in _opaque(config, {})
 
 
+_CLOSING = frozenset(PREFIX + name for name in ("default-inbound-policy", "proxy-require-identity-inbound-ports"))
+
+
 def pod_facts(mesh: Mesh, pod: Pod, namespace: Namespace | None) -> PodFacts:
     """Reads what a pod's annotations say, its namespace's where it says nothing itself.
 
-    A default policy that cannot be read is `deny`: a typo must never open a port.
+    A default policy, or a list of ports for meshed clients only, that cannot be read is `deny`: a typo must never open
+    a port.
     """
     config, mistakes = read_config(pod.annotations, namespace.annotations if namespace else EMPTY)
-    policy_mistaken = any(mistake.annotation == f"{PREFIX}default-inbound-policy" for mistake in mistakes)
+    closed = pod.unreadable or any(mistake.annotation in _CLOSING for mistake in mistakes)
     identity = _identity(mesh, pod)
     return PodFacts(
         pod=pod,
@@ -173,7 +177,7 @@ def pod_facts(mesh: Mesh, pod: Pod, namespace: Namespace | None) -> PodFacts:
         transparent=config.get("transport-mode") == "transparent",
         control_port=config.get("control-port", CONTROL_PORT),
         admin_port=config.get("admin-port", ADMIN_PORT),
-        policy="deny" if policy_mistaken else config.get("default-inbound-policy", mesh.default_policy),
+        policy="deny" if closed else config.get("default-inbound-policy", mesh.default_policy),
     )
 
 
@@ -181,12 +185,22 @@ def _once_meshed(before: PodFacts | None, now: PodFacts) -> PodFacts:
     """A pod whose proxy has run keeps its identity while that restarts: a crash must not turn clients to plaintext."""
     if before is None or before.pod.uid != now.pod.uid or now.identity is not NoIdentity.PROXY_NOT_STARTED:
         return now
+    if before.pod.unreadable:
+        return now
     if isinstance(before.identity, NoIdentity) and before.optional is None:
         return now
     return replace(now, identity=before.identity, optional=before.optional, made={})
 
 
+def unreadable(key: Key) -> BadName:
+    """What is answered about an object that exists and cannot be read."""
+    wanted = "an object that can be read: the log of mantle-destination says why"
+    return BadName(NameRefused.UNREADABLE, str(key), wanted)
+
+
 def _identity(mesh: Mesh, pod: Pod) -> str | NoIdentity | BadName:
+    if pod.unreadable:
+        return unreadable(pod.key)
     control_namespace = pod.labels.get(LABEL_CONTROL_NS)
     if control_namespace is None:
         return NoIdentity.NOT_MESHED

@@ -61,6 +61,7 @@ class Cluster:
             path=f"/api/v1/namespaces/{NAMESPACE}/configmaps",
             raw=_ConfigMap,
             convert=lambda raw: (raw.metadata.name, raw.data or {}),
+            instead=lambda sketch, known: (sketch.name, known.get(sketch.name)),
             params={"fieldSelector": f"metadata.name={CONFIG_MAP}"},
         )
         await Reflector(self._http, resource, changed).run()

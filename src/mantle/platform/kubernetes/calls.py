@@ -32,5 +32,7 @@ async def doing(what: str) -> AsyncIterator[None]:
         raise Refused(what, int(error.status.code or 0), str(error.status.message)) from error
     except httpx2.HTTPStatusError as error:
         raise Refused(what, error.response.status_code, error.response.text[:200]) from error
+    except RecursionError as error:  # `managedFields` may be nested by the thousand
+        raise Refused(what, 200, "the answer is nested too deep to be read") from error
     except httpx2.HTTPError as error:
         raise Unreachable(f"{what}: {type(error).__name__} {error}".rstrip()) from error

@@ -2,11 +2,17 @@
 
 The `…Object` types name the fields that are read; msgspec skips everything else while it parses, so a pod of 12 KB
 costs what we keep of it. Field names are Kubernetes' own (https://kubernetes.io/docs/reference/kubernetes-api/).
+
+A value that would be of no use further on (a port that is none, an address that cannot be read, more settings than
+anybody writes) is refused here, with `Unfit`: the API server admits more than it documents. What is kept in place of
+such an object is decided in `unfit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -28,12 +34,16 @@ from mantle.core.model import (
     SlicePort,
 )
 from mantle.core.policy import GRPC_HEALTH
+from mantle.core.world import HEADLESS
+from mantle.platform.kubernetes.reading import Unfit
 
 PROXY_CONTAINER = "mantle-proxy"
 SERVICE_NAME = "kubernetes.io/service-name"
 """The label of a slice that says whose it is."""
 OUR_ANNOTATIONS = ("mantle.dev/", "config.mantle.dev/", "viz.mantle.dev/")
 """Prefixes of the annotations that anything here decides by. The others are not kept: some are larger than the pod."""
+MOST_TEXT = 32 * 1024
+"""Characters of labels, or of annotations of ours, that an object may have: thousands of them are kept at once."""
 BETWEEN = {"ReplicaSet": "apps", "Job": "batch"}
 """Kinds that stand between a workload and its pods, and their API group."""
 
@@ -219,17 +229,20 @@ def pod(raw: PodObject) -> tuple[Key, SeenPod | None]:
     between = None
     if controller.kind in BETWEEN:
         between = Between(controller.kind, meta.namespace, controller.name)
-    others = tuple(one.ip for one in status.pod_ips or () if one.ip and one.ip != status.pod_ip)
+    ip = address(status.pod_ip)
+    others = tuple(more for one in status.pod_ips or () if (more := address(one.ip)) and more != ip)
     serving = list(_serving(spec))
     seen = Pod(
         key=key,
         uid=meta.uid,
-        ip=status.pod_ip,
+        ip=ip,
         service_account=spec.service_account_name or "default",
         owner=controller if controller.kind else Owner("Pod", meta.name),
         labels=_kept(meta.labels),
         annotations=_ours(meta.annotations),
-        ports=_ports(tuple((p.name, p.container_port, p.protocol) for c in serving for p in c.ports or ())),
+        ports=_ports(
+            tuple((p.name, port_number(p.container_port), p.protocol) for c in serving for p in c.ports or ())
+        ),
         phase=status.phase,
         ready=meta.deletion_timestamp is None and _condition(status, "Ready"),
         node=spec.node_name,
@@ -250,11 +263,18 @@ def proxy_started(status: PodStatus) -> bool:
 
 
 def controller_of(meta: Meta) -> Owner:
-    """The object that made this one; an empty owner if nothing did. A mirror pod's node does not count."""
+    """The object that made this one; an empty owner if nothing did. A mirror pod's node does not count, nor does a text
+    that is no object's name: owners are shown in tables and metrics, and the API server takes any text for one.
+    """
     for reference in meta.owner_references or ():
         if reference.controller and reference.kind != "Node":
-            return Owner(reference.kind, reference.name)
+            named = _KIND.fullmatch(reference.kind) and _OBJECT.fullmatch(reference.name)
+            return Owner(reference.kind, reference.name) if named else Owner("", "")
     return Owner("", "")
+
+
+_KIND = re.compile(r"[A-Za-z][A-Za-z0-9]{0,62}")
+_OBJECT = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9._:]{0,251}[A-Za-z0-9])?")
 
 
 def owned(seen: SeenPod, owner: Owner | None) -> Pod:
@@ -318,15 +338,17 @@ def service(raw: ServiceObject) -> tuple[Key, Service | None]:
     external = spec.external_name if spec.type == "ExternalName" else ""
     return key, Service(
         key=key,
-        cluster_ip="" if external else spec.cluster_ip,
+        cluster_ip="" if external else _cluster_ip(spec.cluster_ip),
         ports=tuple(
-            ServicePort(port.name, port.port, port.target_port or port.port, port.protocol, port.app_protocol)
+            ServicePort(
+                port.name, port_number(port.port), port.target_port or port.port, port.protocol, port.app_protocol
+            )
             for port in spec.ports or ()
         ),
         selector=_kept(spec.selector),
         annotations=_ours(meta.annotations),
         publish_not_ready=spec.publish_not_ready_addresses,
-        more_cluster_ips=tuple(ip for ip in spec.cluster_ips or () if ip != spec.cluster_ip),
+        more_cluster_ips=tuple(_cluster_ip(ip) for ip in spec.cluster_ips or () if ip != spec.cluster_ip),
         external_name=external,
         ip_family=(spec.ip_families or ["IPv4"])[0],
     )
@@ -339,18 +361,20 @@ def endpoint_slice(raw: SliceObject) -> tuple[Key, EndpointSlice | None]:
     owner = (meta.labels or {}).get(SERVICE_NAME)
     if not owner:
         return key, None
-    ports = tuple(SlicePort(p.name or "", p.port, p.protocol or "TCP") for p in raw.ports or () if p.port)
-    endpoints = tuple(_endpoint(one, meta.namespace) for one in raw.endpoints or () if one.addresses)
+    ports = tuple(SlicePort(p.name or "", port_number(p.port), p.protocol or "TCP") for p in raw.ports or () if p.port)
+    # A slice of type FQDN lists names: nothing is balanced over it.
+    readable = address if raw.address_type in ("IPv4", "IPv6") else str
+    endpoints = tuple(_endpoint(one, meta.namespace, readable) for one in raw.endpoints or () if one.addresses)
     return key, EndpointSlice(key, Key(meta.namespace, owner), raw.address_type, ports, endpoints)
 
 
-def _endpoint(raw: EndpointFields, namespace: str) -> SliceEndpoint:
+def _endpoint(raw: EndpointFields, namespace: str, readable: Callable[[str], str]) -> SliceEndpoint:
     """All addresses of one endpoint mean the same: the first is taken. No condition means ready."""
     target = raw.target_ref
     named = target is not None and target.kind == "Pod"
     pod = Key(target.namespace or namespace, target.name) if target is not None and named else None
     ready = raw.conditions is None or raw.conditions.ready is not False
-    return SliceEndpoint((raw.addresses or [""])[0], pod, ready)
+    return SliceEndpoint(readable((raw.addresses or [""])[0]), pod, ready)
 
 
 def namespace(raw: NamespaceObject) -> tuple[str, Namespace | None]:
@@ -358,16 +382,56 @@ def namespace(raw: NamespaceObject) -> tuple[str, Namespace | None]:
     return meta.name, Namespace(meta.name, _kept(meta.labels), _ours(meta.annotations))
 
 
+# ---- values that must be of use ----
+
+
+def address(text: str) -> str:
+    """An IP address in its one spelling; empty stays empty. Raises `Unfit`.
+
+    The API server takes IPv4 with leading zeros (they are decimal) and IPv6 in any spelling, and gives them back so.
+    """
+    try:
+        ip = ipaddress.ip_address(_LEADING_ZEROS.sub("", text) if "." in text else text) if text else None
+    except ValueError:
+        ip = None
+    if text and (ip is None or "%" in text):
+        raise Unfit(f"found the address {text[:80]!r}, wanted an IP address")
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return str(mapped or ip or "")
+
+
+_LEADING_ZEROS = re.compile(r"(?<![0-9A-Fa-f:])0+(?=[0-9])")
+
+
+def _cluster_ip(text: str) -> str:
+    return text if text == HEADLESS else address(text)
+
+
+def port_number(number: int) -> int:
+    """A port. Raises `Unfit`."""
+    if not 0 < number < 65536:
+        raise Unfit(f"found the port {number}, wanted one from 1 to 65535")
+    return number
+
+
 # ---- values shared by many objects ----
 
 
 def _kept(values: Mapping[str, str] | None) -> Mapping[str, str]:
-    return _shared(tuple(sorted(values.items()))) if values else EMPTY
+    return _shared(_bounded("labels", values.items())) if values else EMPTY
 
 
 def _ours(values: Mapping[str, str] | None) -> Mapping[str, str]:
-    kept = tuple(sorted(item for item in (values or {}).items() if item[0].startswith(OUR_ANNOTATIONS)))
-    return _shared(kept) if kept else EMPTY
+    kept = [item for item in (values or {}).items() if item[0].startswith(OUR_ANNOTATIONS)]
+    return _shared(_bounded("annotations of Mantle's", kept)) if kept else EMPTY
+
+
+def _bounded(what: str, items: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The items in order. Raises `Unfit` if they are too large."""
+    kept = tuple(sorted(items))
+    if (size := sum(len(name) + len(value) for name, value in kept)) > MOST_TEXT:
+        raise Unfit(f"found {size} characters of {what}, wanted at most {MOST_TEXT}")
+    return kept
 
 
 @lru_cache(maxsize=4096)

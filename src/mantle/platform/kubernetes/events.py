@@ -19,6 +19,7 @@ import httpx2
 
 from mantle.core.ratelimit import Limited, RateLimiter
 from mantle.platform.kubernetes.client import NO_ANSWER, Client
+from mantle.platform.kubernetes.reading import anything
 from mantle.platform.port import Event
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ class EventWriter:
         path = f"/apis/{group}/namespaces/{about['namespace']}/{plural}/{about['name']}"
         if path not in self._uids:
             response = await self._client.http.get(path)
-            self._uids[path] = response.json()["metadata"]["uid"] if response.status_code == 200 else ""
+            found = anything(response.content) if response.status_code == 200 else {"metadata": {"uid": ""}}
+            self._uids[path] = found["metadata"]["uid"]
         if uid := self._uids[path]:
             about["uid"] = uid
 

@@ -3,7 +3,8 @@
 No client library's watch survives an outage or a connection whose other end went silent; this one does. `next_step`
 decides what follows the end of a watch or list, `Copy` what changed; both are pure. `Reflector.run` carries it out.
 While the server is away the copy stays as it was, and a new list replaces it object by object: what did not change
-stays the same object, so nothing behind it moves.
+stays the same object, so nothing behind it moves. One object that cannot be read stops nothing: it is passed over
+(`reading`), and its kind says what is kept in its place.
 
 https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes
 """
@@ -22,6 +23,7 @@ import msgspec
 
 from mantle.core.reasons import WatchEnded
 from mantle.platform.kubernetes.client import NO_ANSWER
+from mantle.platform.kubernetes.reading import PassedOver, Sketch, decode, sketch_of
 
 log = logging.getLogger(__name__)
 
@@ -130,13 +132,15 @@ class Resource(Generic[Raw, Name, Value]):
     """One kind of object and what is kept of it.
 
     `raw` is a msgspec type with the fields wanted and no others: the rest is skipped while reading. `convert` gives
-    the name and the value kept; a value of None is an object of no interest.
+    the name and the value kept; a value of None is an object of no interest. It raises ValueError for one that cannot
+    be taken; what is kept then `instead` says, from a sketch of it and all that is known.
     """
 
     path: str
     """Such as `/api/v1/pods`."""
     raw: type[Raw]
     convert: Callable[[Raw], tuple[Name, Value | None]]
+    instead: Callable[[Sketch, Mapping[Name, Value]], tuple[Name, Value | None]]
     metadata_only: bool = False
     """Ask for names and owners only (https://kubernetes.io/docs/reference/using-api/api-concepts/#alternate-representations)."""
     params: Mapping[str, str] = field(default_factory=dict)
@@ -176,6 +180,14 @@ class _Status(msgspec.Struct):
     details: _Details | None = None
 
 
+_LIST, _EVENT, _OBJECT, _STATUS = (
+    msgspec.json.Decoder(_List),
+    msgspec.json.Decoder(_Event),
+    msgspec.json.Decoder(_Object),
+    msgspec.json.Decoder(_Status),
+)
+
+
 class _Stop(Exception):
     """A list or watch is over, and how."""
 
@@ -199,6 +211,7 @@ class Reflector(Generic[Raw, Name, Value]):
         self._timing = timing
         self._copy: Copy[Name, Value] = Copy()
         self._decoder = msgspec.json.Decoder(resource.raw)
+        self.passed_over: PassedOver[Name] = PassedOver(resource.path)
         self._version = ""
         self._failures = 0
         self._complaint: WatchEnded | None = None
@@ -250,21 +263,27 @@ class Reflector(Generic[Raw, Name, Value]):
     async def _list(self) -> None:
         """Reads all pages, then replaces what was known: half a list changes nothing."""
         objects: dict[Name, Value] = {}
+        names: set[Name] = set()
         params = {**self._resource.params, "limit": str(PAGE)}
         while True:
             response = await self._http.get(self._resource.path, params=params, headers=self._headers("List"))
             if response.status_code != 200:
                 raise _Stop(_refused(response.status_code, response.headers, response.content))
-            page = _decode(_List, response.content)
+            page = _decode(_LIST, response.content)
             for raw in page.items or ():
-                name, value = self._read(raw)
-                if value is not None:
-                    objects[name] = value
+                read = self._read(raw)
+                if read is None:
+                    log.warning("%s: an object without a name is passed over", self._resource.path)
+                    continue
+                names.add(read[0])
+                if read[1] is not None:
+                    objects[read[0]] = read[1]
             if not page.metadata.continue_:
                 break
             params["continue"] = page.metadata.continue_
         self._version = page.metadata.resourceVersion
         self._followed_until = asyncio.get_running_loop().time()
+        self.passed_over.only(names)
         self._tell(self._copy.replace(objects))
         self.lists += 1
         self.synced.set()
@@ -306,21 +325,36 @@ class Reflector(Generic[Raw, Name, Value]):
         return Ended(WatchEnded.IN_TIME)
 
     def _event(self, line: bytes) -> tuple[Change[Name, Value], ...]:
-        event = _decode(_Event, line)
+        event = _decode(_EVENT, line)
         if event.type == "ERROR":
-            status = _decode(_Status, bytes(event.object))
+            status = _decode(_STATUS, bytes(event.object))
             raise _Stop(_refused(status.code, {}, bytes(event.object)))
-        self._version = _decode(_Object, bytes(event.object)).metadata.resourceVersion or self._version
+        self._version = _decode(_OBJECT, bytes(event.object)).metadata.resourceVersion or self._version
         if event.type == "BOOKMARK":
             return ()
-        name, value = self._read(event.object)
-        return self._copy.put(name, None if event.type == "DELETED" else value)
+        read = self._read(event.object)
+        if read is None:
+            # It may have been any that we know: only a new list can tell.
+            raise _Stop(Ended(WatchEnded.UNREADABLE, "an object without a name"))
+        name, value = read
+        if event.type == "DELETED":
+            self.passed_over.fits(name)
+            value = None
+        return self._copy.put(name, value)
 
-    def _read(self, raw: msgspec.Raw) -> tuple[Name, Value | None]:
+    def _read(self, raw: msgspec.Raw) -> tuple[Name, Value | None] | None:
+        """Name and value of an object; of one that cannot be read, what is kept instead. None: it has no name."""
         try:
-            return self._resource.convert(self._decoder.decode(raw))
-        except msgspec.MsgspecError as error:
-            raise _Stop(Ended(WatchEnded.UNREADABLE, f"{error}")) from error
+            name, value = self._resource.convert(decode(self._decoder, raw))
+        except ValueError as error:
+            sketch = sketch_of(raw)
+            if sketch is None:
+                return None
+            name, value = self._resource.instead(sketch, self._copy.objects)
+            self.passed_over.put(name, f"{sketch.namespace}/{sketch.name}".lstrip("/"), str(error))
+            return name, value
+        self.passed_over.fits(name)
+        return name, value
 
     def _tell(self, changes: tuple[Change[Name, Value], ...]) -> None:
         if changes:
@@ -368,9 +402,9 @@ async def _batches(response: httpx2.Response) -> AsyncIterator[list[bytes]]:
             yield [line for line in lines if line]
 
 
-def _decode(kind: type[Raw], octets: bytes) -> Raw:
+def _decode(decoder: msgspec.json.Decoder[Raw], octets: bytes) -> Raw:
     try:
-        return msgspec.json.decode(octets, type=kind)
+        return decode(decoder, octets)
     except msgspec.MsgspecError as error:
         raise _Stop(Ended(WatchEnded.UNREADABLE, f"{error}")) from error
 

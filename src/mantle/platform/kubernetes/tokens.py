@@ -29,6 +29,7 @@ from mantle.core.model import Key, Pod
 from mantle.core.reasons import TokenReason
 from mantle.platform.kubernetes.client import NO_ANSWER, Client
 from mantle.platform.kubernetes.convert import PodObject, SeenPod, pod
+from mantle.platform.kubernetes.reading import decode
 from mantle.platform.kubernetes.reflector import Reflector
 from mantle.platform.port import PlatformUnavailable, TokenClaims, TokenRejected
 
@@ -230,6 +231,20 @@ def _check(response: httpx2.Response, right: str) -> None:
         raise PlatformUnavailable(problem, fix)
 
 
+_POD = msgspec.json.Decoder(PodObject)
+
+
+def _readable(seen: SeenPod) -> SeenPod:
+    """The same. Raises `PlatformUnavailable` if nothing is known of it: nobody gets a certificate as that pod."""
+    if seen.pod.unreadable:
+        raise _unreadable(seen.pod.key.namespace, seen.pod.key.name, "the log says why")
+    return seen
+
+
+def _unreadable(namespace: str, name: str, problem: str) -> PlatformUnavailable:
+    return PlatformUnavailable(f"the pod {namespace}/{name} cannot be read: {problem[:300]}", "correct the pod")
+
+
 class TokenReviewer:
     """Reviews tokens. `pods` and `accounts` are the newest copies, kept by `copies`."""
 
@@ -334,12 +349,15 @@ class TokenReviewer:
         while True:
             seen = self._pods.get(Key(bound.namespace, bound.pod))
             if seen is not None and seen.pod.uid == bound.pod_uid and seen.pod.ip:
-                return seen.pod
+                return _readable(seen).pod
             response = await self._client.http.get(f"/api/v1/namespaces/{bound.namespace}/pods/{bound.pod}")
             if response.status_code == 404:
                 return None
             _check(response, "get pods")
-            found = pod(msgspec.json.decode(response.content, type=PodObject))[1]
+            try:
+                found = pod(decode(_POD, response.content))[1]
+            except ValueError as error:
+                raise _unreadable(bound.namespace, bound.pod, str(error)) from error
             if found is None or found.pod.ip or found.pod.uid != bound.pod_uid or clock() >= until:
                 return found.pod if found is not None else None
             await asyncio.sleep(ADDRESS_PATIENCE / 8)
@@ -358,7 +376,7 @@ class TokenReviewer:
             return bound
         seen = self._pods.get(Key(bound.namespace, bound.pod))
         # A pod that ends may be gone since: its certificate can wait for the API server.
-        return judge_pod(bound, seen.pod if seen is not None and not seen.deleting else None)
+        return judge_pod(bound, _readable(seen).pod if seen is not None and not seen.deleting else None)
 
     def _counted(self, way: str, outcome: TokenClaims | TokenRejected) -> TokenClaims | TokenRejected:
         self.reviews[(way, outcome.reason if isinstance(outcome, TokenRejected) else "accepted")] += 1

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from mantle.core.model import Key, Snapshot
-from mantle.platform.kubernetes import convert
+from mantle.platform.kubernetes import convert, unfit
 from mantle.platform.kubernetes.assemble import Assembly
 from mantle.platform.kubernetes.client import Client
 from mantle.platform.kubernetes.events import EventWriter
@@ -90,6 +90,8 @@ class KubernetesPlatform:
         for kind, reflector in self.reflectors.items():
             name = (("kind", kind.value),)
             yield Count("mantle_platform_lists", "Complete lists: one, and one after each loss.", name, reflector.lists)
+            passed_over = "Objects that became unreadable and are passed over; the log names them."
+            yield Count("mantle_platform_passed_over", passed_over, name, reflector.passed_over.total)
 
     def denied(self) -> str:
         """Whether tokens may be reviewed."""
@@ -125,29 +127,29 @@ class KubernetesPlatform:
             case Kind.PODS:
                 # What has ended is of no use, and there can be much of it: Jobs.
                 live = {"fieldSelector": "status.phase!=Succeeded,status.phase!=Failed"}
-                resource = Resource("/api/v1/pods", convert.PodObject, convert.pod, params=live)
+                resource = Resource("/api/v1/pods", convert.PodObject, convert.pod, unfit.pod, params=live)
                 put: Any = assembly.pods
             case Kind.SERVICES:
-                resource = Resource("/api/v1/services", convert.ServiceObject, convert.service)
+                resource = Resource("/api/v1/services", convert.ServiceObject, convert.service, unfit.service)
                 put = assembly.services
             case Kind.ENDPOINT_SLICES:
                 path = "/apis/discovery.k8s.io/v1/endpointslices"
-                resource = Resource(path, convert.SliceObject, convert.endpoint_slice)
+                resource = Resource(path, convert.SliceObject, convert.endpoint_slice, unfit.endpoint_slice)
                 put = assembly.slices
             case Kind.NAMESPACES:
-                resource = Resource("/api/v1/namespaces", convert.NamespaceObject, convert.namespace)
+                resource = Resource("/api/v1/namespaces", convert.NamespaceObject, convert.namespace, unfit.namespace)
                 put = assembly.namespaces
             case Kind.REPLICA_SETS:
-                of = convert.between("ReplicaSet")
-                resource = Resource("/apis/apps/v1/replicasets", convert.MetaObject, of, metadata_only=True)
+                resource = _between("/apis/apps/v1/replicasets", "ReplicaSet")
                 put = assembly.owners
             case Kind.JOBS:
-                of = convert.between("Job")
-                resource = Resource("/apis/batch/v1/jobs", convert.MetaObject, of, metadata_only=True)
+                resource = _between("/apis/batch/v1/jobs", "Job")
                 put = assembly.owners
             case Kind.SERVICE_ACCOUNTS:
                 path = "/api/v1/serviceaccounts"
-                resource = Resource(path, convert.MetaObject, convert.service_account, metadata_only=True)
+                resource = Resource(
+                    path, convert.MetaObject, convert.service_account, unfit.service_account, metadata_only=True
+                )
                 put = assembly.service_accounts
 
         def changed(changes: tuple[Any, ...]) -> None:
@@ -155,6 +157,10 @@ class KubernetesPlatform:
             self._tell()
 
         return resource, changed
+
+
+def _between(path: str, kind: str) -> Resource[Any, Any, Any]:
+    return Resource(path, convert.MetaObject, convert.between(kind), unfit.between(kind), metadata_only=True)
 
 
 @asynccontextmanager
