@@ -478,6 +478,16 @@ def test_what_viz_did_not_hear_yet_of_a_proxy_that_just_started_is_no_error(age:
     assert about_proxies(replace(DATA, pods=[*DATA.pods, new])) == missing
 
 
+def test_pods_that_are_ending_are_no_trouble_but_speak_until_they_have() -> None:
+    old, plain = pod("old", ready=False, values=replace(VALUES, trust_anchors=pem("T0xE"))), pod("api", meshed=False)
+    for ending in (old, plain):
+        ending["metadata"]["deletionTimestamp"] = NOW.isoformat()
+    data = replace(DATA, pods=[*DATA.pods, old, plain])
+    assert (about_pods(data), about_proxies(data)) == ({}, {})
+    spoke = replace(data, summary=summary(edge("old", "web", "not_provided_by_remote")))
+    assert about_proxies(spoke) == {"traffic-encrypted": ("error", "old → web: not_provided_by_remote")}
+
+
 def test_one_namespace_is_asked_about_and_its_traffic_has_two_ends() -> None:
     other, lonely = pod("api", "other", ready=False), pod("db", "lonely", asks=False, meshed=False)
     between = edge("web", "api", "not_provided_by_remote") | {"dst_namespace": "other"}

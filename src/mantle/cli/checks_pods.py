@@ -66,9 +66,13 @@ class Data:
     """Whose pods are asked about; None: those of all. `pods` has all, as traffic has two ends."""
 
     def asked(self) -> list[Object]:
-        """The pods that are asked about and are not over; none if they cannot be read."""
+        """The pods that are asked about, and are neither over nor ending; none if they cannot be read.
+
+        After a rolling update old pods are listed for a while, not ready: nobody has to do anything about them.
+        """
         every = [] if isinstance(self.pods, Unread) else alive(self.pods)
-        return [pod for pod in every if self.namespace in (None, pod["metadata"]["namespace"])]
+        staying = [pod for pod in every if "deletionTimestamp" not in pod["metadata"]]
+        return [pod for pod in staying if self.namespace in (None, pod["metadata"]["namespace"])]
 
     def asked_services(self) -> list[Object]:
         every = [] if isinstance(self.services, Unread) else self.services
