@@ -30,7 +30,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(wanted: Callable[[], Any], seconds: float = 20) -> Any:
+def eventually(wanted: Callable[[], Any], seconds: float = 60) -> Any:
     """The first true answer; fails the test if there is none in time."""
     deadline = time.monotonic() + seconds
     while not (found := wanted()):
@@ -106,7 +106,7 @@ class Mesh:
         self.replicas.remove(replica)
         replica.process.send_signal(signal.SIGTERM)
         try:
-            replica.process.wait(10)
+            replica.process.wait(60)
         finally:
             replica.process.kill()
             replica.process.wait(5)

@@ -140,7 +140,7 @@ def views(api_server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> It
     finally:
         viz.send_signal(signal.SIGTERM)
         try:
-            viz.wait(10)
+            viz.wait(60)
         finally:
             viz.kill()
             viz.wait(5)
@@ -224,7 +224,7 @@ def tapped(views: Views, line: str) -> str:
             return tap.stderr.readline()
         finally:
             tap.send_signal(signal.SIGINT)
-            tap.wait(20)
+            tap.wait(60)
 
 
 def test_who_may_view_a_namespace_sees_its_edges_but_no_requests(views: Views, namespace: str) -> None:
