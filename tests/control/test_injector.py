@@ -14,8 +14,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry
 
 from mantle.control.injector import LOOKUP, Injector, Settings, application
-from mantle.control.injector_events import PATIENCE, Events
+from mantle.control.injector_events import MOST_WAITING, PATIENCE, Events
 from mantle.core.admission import Note, Owner, Subject
+from mantle.core.annotations import CREATED_BY, SKIPPED
 from mantle.core.proxy_env import Values
 from mantle.platform.kubernetes.calls import CONFLICT, Refused, Unreachable
 
@@ -170,8 +171,9 @@ def test_settings_that_cannot_be_used_leave_the_ones_there_were():
 NOTE = Note("Injected", "mantle-proxy added")
 
 
-def existing(name: str, uid: str, age: timedelta = timedelta(0)) -> dict[str, Any]:
-    return {"metadata": {"name": name, "uid": uid, "creationTimestamp": (NOW - age).isoformat()}}
+def existing(name: str, uid: str, age: timedelta = timedelta(0), mark: str = CREATED_BY) -> dict[str, Any]:
+    created = (NOW - age).isoformat()
+    return {"metadata": {"name": name, "uid": uid, "creationTimestamp": created, "annotations": {mark: "mantle"}}}
 
 
 def told(play: Play, times: int = 1, **subject: str) -> None:
@@ -240,5 +242,126 @@ def test_events_wait_for_an_api_that_is_down():
         play.api.existing = [existing("web-1", "1")]
         await play.events.wave()
         assert about(play) == {"web": 1, "web-1": 1}
+
+    asyncio.run(scene())
+
+
+# ---- reviews from anybody: the API server proves nothing about itself to a webhook ----
+
+
+def forged(**metadata: Any) -> dict[str, Any]:
+    made = review()
+    made["request"]["object"]["metadata"] |= metadata
+    return made
+
+
+def owner(**parts: Any) -> dict[str, Any]:
+    whole = {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "db", "uid": "u", "controller": True}
+    return {"ownerReferences": [whole | parts]}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        owner(name="\ud800"),
+        owner(uid="\ud800"),
+        owner(kind="\n"),
+        owner(uid="u" * 10_000),
+        owner(name=["db"]),
+        owner(apiVersion=None),
+        {"labels": {"app": "\ud800"}},
+        {"labels": {"app": ["web"]}},
+        {"labels": {"app": "a,b"}},
+        {"generateName": ""},
+        {"generateName": "\ud800-"},
+        {"name": "../x"},
+    ],
+)
+def test_a_forged_review_ends_nothing_and_is_not_waited_for(metadata: dict[str, Any]):
+    async def scene() -> None:
+        play = Play()
+        await play.settings.refresh()
+        forged_one = forged(**metadata)
+        await play.injector.admit(forged_one)
+        play.api.existing = [existing("stranger", "9")]
+        await play.events.wave()
+        written = str(play.api.events) + str(play.api.asked)
+        assert "stranger" not in about(play)
+        assert written.isascii() and "\\ud800" not in written, written
+        await play.injector.admit(review())  # and goes on
+        play.api.existing = [existing("web-5d9-1", "1")]
+        await play.events.wave()
+        assert about(play)["web-5d9-1"] == 1
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("namespace", ["", "../shop", "shop?x=1", "Shop", "shop\n", "s" * 64, "\ud800"])
+def test_a_namespace_that_cannot_be_is_not_asked_about(namespace: str):
+    async def scene() -> None:
+        play = Play()
+        await play.settings.refresh()
+        made = review()
+        made["request"]["namespace"] = namespace
+        async with TestClient(TestServer(application(play.injector))) as client:
+            answer = await client.post("/", json=made)
+            assert answer.status == 400 and "wanted the name of one" in await answer.text()
+        assert play.api.asked == []
+
+    asyncio.run(scene())
+
+
+def test_what_cannot_be_written_is_left_out_and_the_next_is_not():
+    class Odd(FakeApi):
+        async def create_event(self, name: str, regarding: dict[str, Any], *rest: Any) -> None:
+            if regarding["kind"] == "Deployment":
+                raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates not allowed")
+            await super().create_event(name, regarding, *rest)
+
+    async def scene() -> None:
+        play = Play(Odd())
+        told(play)
+        play.api.existing = [existing("web-1", "1")]
+        await play.events.wave()
+        assert about(play) == {"web-1": 1}
+        dropped = play.registry.get_sample_value("mantle_injector_events_dropped_total", {"why": "unwritable"})
+        assert dropped == 1
+
+    asyncio.run(scene())
+
+
+def test_pods_are_told_only_what_they_bear_out():
+    async def scene() -> None:
+        play = Play()
+        told(play, 2)
+        play.api.existing = [existing("web-1", "1", mark="else"), existing("web-2", "2", mark=SKIPPED)]
+        await play.events.wave()
+        assert about(play) == {"web": 1}, "nobody was injected"
+        play.api.existing.append(existing("web-3", "3"))
+        await play.events.wave()
+        assert about(play) == {"web": 1, "web-3": 1}
+
+    asyncio.run(scene())
+
+
+def test_a_flood_of_reviews_costs_a_bounded_memory():
+    async def scene() -> None:
+        play = Play()
+        await play.settings.refresh()
+        for n in range(MOST_WAITING + 5):
+            made = forged(**owner(kind=f"Kind{n}", uid=f"u{n}"), generateName=f"p{n}-")
+            made["request"]["object"]["metadata"]["annotations"] = {"mantle.dev/inject": "\x1b[2J" + "x" * 100_000}
+            await play.injector.admit(made)
+        await play.events.wave()
+        assert len(play.api.events) == MOST_WAITING
+        messages = [event["message"] for event in play.api.events.values()]
+        assert all(len(m) <= 1024 and m.isprintable() for m in messages)
+        kinds = {
+            sample.labels["owner_kind"]
+            for family in play.registry.collect()
+            for sample in family.samples
+            if "owner_kind" in sample.labels
+        }
+        assert kinds == {"other"}
 
     asyncio.run(scene())

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from mantle.control.injector_api import Api
 from mantle.control.injector_events import Events
 from mantle.core.admission import OWNERS_ABOVE, Decision, NotAReview, Outcome, Owner, controller, decide, pod_of
+from mantle.core.inject import OWNER_KINDS
 from mantle.core.proxy_env import Values
 from mantle.platform.kubernetes.calls import Refused, Unreachable
 from mantle.platform.kubernetes.reading import anything
@@ -88,7 +89,8 @@ class Injector:
         )
         decision = decide(review, namespace, values, owner)
         if decision.outcome is not Outcome.UNCHANGED and not decision.again:
-            common = (owner.kind.lower() if owner else "", subject.namespace, decision.asked_at)
+            kind = owner.kind.lower() if owner else ""
+            common = (kind if kind in ("", *OWNER_KINDS) else "other", subject.namespace, decision.asked_at)
             self._requests.labels(*common).inc()
             skip = str(decision.outcome is not Outcome.INJECTED).lower()
             self._responses.labels(*common, skip, ",".join(decision.reasons)).inc()

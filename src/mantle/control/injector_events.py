@@ -3,6 +3,9 @@
 At admission most pods have neither name nor uid. So what is to be said is kept, by workload, and pods are listed in
 waves (one list a workload, by the pod's own labels) until each has its event or is known not to have come. The name of
 an event follows from whom and what it is about: a second replica, or a second wave, finds it written.
+
+Reviews may come from anybody on the pods' network (`core.admission.NotAReview`): what they say is bounded and made
+harmless here, pods are told only what they bear out, and nothing in a review ends this program.
 """
 
 from __future__ import annotations
@@ -11,14 +14,14 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
 
 from mantle.control.injector_api import Api
-from mantle.core.admission import Note, Owner, Subject
+from mantle.core.admission import Note, Owner, Subject, bears_out, can_exist
 from mantle.platform.kubernetes.calls import CONFLICT, Refused, Unreachable
 
 log = logging.getLogger(__name__)
@@ -28,7 +31,9 @@ WAVE = 1.0
 PATIENCE = 30.0
 """Seconds after which a pod that was admitted and never came is given up: something later refused it."""
 MOST_WAITING = 1000
-"""Workloads waited for at once."""
+"""Workloads waited for at once, and workloads that wait to be told about."""
+MOST_TEXT = 1024
+"""Characters of a message, as the API server takes them."""
 CLOCKS = timedelta(minutes=10)
 """Pods older than this are of an earlier wave. Far more than two clocks differ, far less than events are kept (1 h)."""
 
@@ -68,20 +73,26 @@ class Events:
         self, subject: Subject, labels: Mapping[str, str], note: Note, owner: Owner | None, admitted: bool
     ) -> None:
         """Says `note` about a pod that was admitted or refused, and about its workload."""
-        if owner is not None:
-            self._owners[(subject.namespace, owner, note)] = self._owners.get((subject.namespace, owner, note), 0) + 1
-        if admitted:
+        text = note.message[:MOST_TEXT]
+        note = replace(note, message="".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)[:MOST_TEXT])
+        if owner is not None and self._has_room(self._owners, about_owner := (subject.namespace, owner, note)):
+            self._owners[about_owner] = self._owners.get(about_owner, 0) + 1
+        if admitted and can_exist(subject, labels):
             whose = subject.name or (subject.owner.uid if subject.owner else subject.generate_name)
             key = (subject.namespace, whose, note, tuple(sorted(labels.items())))
             group = self._groups.get(key)
             if group is not None:
                 group.expected += 1
                 group.until = self._ticks() + PATIENCE
-            elif len(self._groups) >= MOST_WAITING:
-                self._dropped.labels("too many at once").inc()
-            else:
+            elif self._has_room(self._groups, key):
                 self._groups[key] = _Group(subject, labels, note, self._ticks() + PATIENCE)
         self._work.set()
+
+    def _has_room(self, waiting: Mapping[Any, Any], key: Any) -> bool:
+        if key in waiting or len(waiting) < MOST_WAITING:
+            return True
+        self._dropped.labels("too many at once").inc()
+        return False
 
     async def run(self) -> None:
         while True:
@@ -121,7 +132,8 @@ class Events:
             meta = pod["metadata"]
             named = meta["name"] == subject.name if subject.name else meta["name"].startswith(subject.generate_name)
             created = datetime.fromisoformat(str(meta["creationTimestamp"]))
-            if named and created >= youngest and meta["uid"] not in group.done:
+            ours = bears_out(meta.get("annotations") or {}, group.note)
+            if named and ours and created >= youngest and meta["uid"] not in group.done:
                 about = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
                 await self._write({**about, "namespace": subject.namespace}, group.note, 1, "pod")
                 group.done.add(meta["uid"])
@@ -146,5 +158,10 @@ class Events:
         except Refused as error:
             log.warning("%s", error)
             self._dropped.labels("refused").inc()
+        except Unreachable:
+            raise
+        except Exception as error:  # what cannot even be asked for, whatever that is: the next one can
+            log.warning("an event about %s is left out: %s: %s", kind, type(error).__name__, error)
+            self._dropped.labels("unwritable").inc()
         if len(self._counts) > 10 * MOST_WAITING:
             self._counts.clear()

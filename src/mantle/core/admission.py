@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import enum
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +20,28 @@ from typing import Any
 from mantle.core.annotations import CREATED_BY, INJECT, SKIPPED, Mistake
 from mantle.core.inject import Injected, Object, Refused, inject_pod
 from mantle.core.inject_containers import PROXY
+from mantle.core.names import is_label
 from mantle.core.pod_facts import Skip, containers
 from mantle.core.proxy_env import Values
 
 REVIEW = "admission.k8s.io/v1"
 MIRROR = "kubernetes.io/config.mirror"
 """The annotation of a mirror pod: https://kubernetes.io/docs/tasks/configure-pod-container/static-pod/."""
+INJECTED = "Injected"
 POD_SECURITY = "pod-security.kubernetes.io/enforce"
 OWNERS_ABOVE: Mapping[str, str] = {"ReplicaSet": "Deployment", "Job": "CronJob"}
 """Owners that have an owner of their own, which is the one that people know."""
 _ASKED = ("enabled", "ingress")
+_API_VERSION, _KIND = re.compile(r"[A-Za-z0-9./-]{1,317}"), re.compile(r"[A-Za-z][A-Za-z0-9]{0,62}")
+_NAME, _UID = re.compile(r"[A-Za-z0-9._:-]{1,253}"), re.compile(r"[A-Za-z0-9-]{1,64}")
+_LABEL_KEY, _LABEL_VALUE = re.compile(r"[A-Za-z0-9._/-]{1,317}"), re.compile(r"[A-Za-z0-9._-]{0,63}")
+_POD = re.compile(r"[a-z0-9][a-z0-9.-]{0,252}")
 
 
 class NotAReview(ValueError):
-    """What was posted is not an AdmissionReview of the version we registered for; the text says what it is."""
+    """What was posted is not an AdmissionReview of the version we registered for, or of no namespace that can be; the
+    text says what it is. The API server proves nothing about itself to a webhook: anybody on a pods' network can ask.
+    """
 
 
 class Outcome(enum.StrEnum):
@@ -92,8 +101,11 @@ def pod_of(review: Mapping[str, Any]) -> Subject:
     """Whom a request is about. Raises `NotAReview`."""
     request = _request(review)
     metadata = (request.get("object") or {}).get("metadata") or {}
+    namespace = str(request.get("namespace") or metadata.get("namespace") or "")
+    if not is_label(namespace):
+        raise NotAReview(f"found the namespace {namespace[:100]!r}; wanted the name of one")
     return Subject(
-        namespace=str(request.get("namespace") or metadata.get("namespace") or ""),
+        namespace=namespace,
         name=str(metadata.get("name") or request.get("name") or ""),
         generate_name=str(metadata.get("generateName") or ""),
         owner=controller(metadata),
@@ -101,11 +113,32 @@ def pod_of(review: Mapping[str, Any]) -> Subject:
 
 
 def controller(metadata: Mapping[str, Any]) -> Owner | None:
-    """The owner reference that says `controller: true`."""
+    """The owner reference that says `controller: true`. One that no object can have is none: the API server looks at
+    references only after us.
+    """
     for ref in metadata.get("ownerReferences") or []:
         if ref.get("controller"):
-            return Owner(str(ref["apiVersion"]), str(ref["kind"]), str(ref["name"]), str(ref["uid"]))
+            owner = Owner(*(str(ref.get(key) or "") for key in ("apiVersion", "kind", "name", "uid")))
+            forms = (_API_VERSION, owner.api_version), (_KIND, owner.kind), (_NAME, owner.name), (_UID, owner.uid)
+            return owner if all(form.fullmatch(text) for form, text in forms) else None
     return None
+
+
+def can_exist(subject: Subject, labels: Mapping[str, Any]) -> bool:
+    """Whether a pod of that name with those labels can come into being: one that cannot is not waited for."""
+    return _POD.fullmatch(subject.name or subject.generate_name) is not None and all(
+        _LABEL_KEY.fullmatch(str(key)) and isinstance(value, str) and _LABEL_VALUE.fullmatch(value)
+        for key, value in labels.items()
+    )
+
+
+def bears_out(annotations: Mapping[str, str], note: Note) -> bool:
+    """Whether `note` can be about a pod with these annotations: each of our answers leaves its mark on the pod, so
+    nothing is said of pods that were never asked about.
+    """
+    if note.reason == INJECTED:
+        return CREATED_BY in annotations
+    return SKIPPED in annotations or MIRROR in annotations or annotations.get(INJECT) == "disabled"
 
 
 def decide(
@@ -244,7 +277,7 @@ def _injected_note(
             f"its namespace enforces PodSecurity {level}, which refuses the capability NET_ADMIN that installs the "
             f"redirect; label the namespace {POD_SECURITY}=privileged"
         )
-    note = Note("Injected", "; ".join([message, *warnings]), warning=level in ("baseline", "restricted"))
+    note = Note(INJECTED, "; ".join([message, *warnings]), warning=level in ("baseline", "restricted"))
     return note, tuple(f"mantle: {warning}" for warning in warnings)
 
 

@@ -122,7 +122,11 @@ def inject_pod(
         return Refused(mistakes)
 
     labels: Object = metadata.get("labels") or {}
-    component = labels.get(LABEL_COMPONENT, "")
+    # The label means something in the control namespace alone, which a template of it does not name.
+    at_home = (
+        metadata.get("namespace") or ns_metadata.get("name") or values.control_namespace
+    ) == values.control_namespace
+    component = labels.get(LABEL_COMPONENT, "") if at_home else ""
     subject = Subject(
         ports=inbound_ports(spec),
         component=component,
