@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
@@ -206,3 +208,28 @@ def test_ctrl_c_ends_a_tap_without_a_word(tmp_path: Path) -> None:
         server.shutdown()
         thread.join()
     assert (tap.returncode, rest, errors) == (0, "", "mesh default on this machine\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can listen as somebody else")
+def test_a_daemon_of_somebody_else_is_not_talked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the state of meshes lies in a directory that everybody may write to, somebody may be there first."""
+    monkeypatch.setattr(machine_client, "state_root", lambda: tmp_path)
+    (tmp_path / "default").mkdir()
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(tmp_path / "default" / "api.sock"))
+        os.seteuid(12345)  # who listens is who asks the kernel to
+        try:
+            theirs.listen()
+        finally:
+            os.seteuid(0)
+        assert machine_client.running_meshes(tmp_path) == []
+        ended = mantle("--mesh default edges deployment")
+        assert (ended.exit_code, ended.stdout) == (1, "")
+        assert "mesh default belongs to another user" in ended.stderr
+        theirs.settimeout(10)
+        heard = []
+        for _ in range(2):  # the look for meshes, and the command
+            connection, _ = theirs.accept()
+            with connection:
+                heard.append(connection.recv(100))
+        assert heard == [b"", b""], "not a word"

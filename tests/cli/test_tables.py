@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from mantle.cli import edges, stat
+from mantle.cli.output import json_text
 
 DOMAIN = ".serviceaccount.identity.linkerd.cluster.local"
 
@@ -121,3 +123,12 @@ def test_stat_of_pods_without_traffic() -> None:
 )
 def test_a_share_short_of_all_is_never_shown_as_all(share: float | None, shown: str) -> None:
     assert stat.table([stat_row("a", 1.0, 1.0, 1, 1, 1, tls=share)]).split()[-1] == shown
+
+
+def test_json_moves_no_cursor_and_means_the_same():
+    """C1 controls (U+009B is a terminal's CSI), DEL, bidirectional marks: JSON itself lets them stand."""
+    value = {"name": "\x1b[2J\x9b2J\x7f\u202e\U000e0001\ud800", "plain": 'köln "q" \\ 東京\n'}
+    text = json_text(value)
+    assert all(c == "\n" or c.isprintable() for c in text), text
+    assert "köln" in text and "東京" in text
+    assert json.loads(text) == value

@@ -164,7 +164,7 @@ def play(
         await made.resume()
         running = asyncio.get_running_loop().create_task(made.run())
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await scene(made, fake)
         finally:
             running.cancel()

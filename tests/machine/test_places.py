@@ -1,10 +1,12 @@
 """Where the files of meshes lie: in memory, whatever the machine is."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from mantle.platform.machine import places
+from mantle.platform.machine.state import StateDir
 
 MACHINE = "ext4 / ext4 rw 0 0\ntmpfs /run tmpfs rw 0 0\ntmpfs /run/user/1000 tmpfs rw 0 0\nproc /proc proc rw 0 0\n"
 CONTAINER = "overlay / overlay rw 0 0\ntmpfs /dev/shm tmpfs rw 0 0\n/dev/sda1 /run/user/1000 ext4 rw 0 0\n"
@@ -44,3 +46,25 @@ def test_the_root_of_all_meshes(
     monkeypatch.setattr(places, "in_memory", lambda _: memory)
     monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
     assert str(places.state_root()) == found
+
+
+@pytest.mark.parametrize("where", ["meshes", "meshes/m"])
+def test_a_link_in_the_place_of_a_meshs_directory_is_not_followed(where: str, tmp_path: Path) -> None:
+    """/dev/shm is everybody's: what a link there leads to may well be ours, and must not become a mesh's directory."""
+    ours = tmp_path / "ours"
+    ours.mkdir(mode=0o755)
+    link = tmp_path / where
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(ours)
+    with pytest.raises(PermissionError, match="is no directory"):
+        StateDir(tmp_path / "meshes" / "m").create()
+    assert ours.stat().st_mode & 0o777 == 0o755
+    assert list(ours.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_somebody_else_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "meshes").mkdir()
+    os.chown(tmp_path / "meshes", 12345, 12345)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        StateDir(tmp_path / "meshes" / "m").create()

@@ -7,7 +7,9 @@ Which mesh: the one named, else the only one that runs; where several run, an er
 from __future__ import annotations
 
 import json
+import os
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse
@@ -32,8 +34,11 @@ def running_meshes(root: Path) -> list[str]:
 
 def node_lives(directory: Path) -> bool:
     """Does the node of the mesh in this directory run, whatever became of its daemon?"""
+    written = directory / "mesh.json"
     try:
-        known = json.loads((directory / "mesh.json").read_text())
+        if written.lstat().st_uid != os.geteuid():
+            return False  # a process that somebody else names is not to be ended or taken over
+        known = json.loads(written.read_text())
         fields = Path(f"/proc/{known['node_pid']}/stat").read_text().rpartition(")")[2].split()
         return fields[0] not in "ZX" and int(fields[19]) == int(known["node_start"])
     except (OSError, ValueError, KeyError, IndexError):
@@ -45,9 +50,9 @@ def _answers(path: Path) -> bool:
         probe.settimeout(1)
         try:
             probe.connect(str(path))
+            return _is_ours(probe)
         except OSError:
             return False
-    return True
 
 
 class MachineClient:
@@ -156,7 +161,18 @@ class _UnixConnection(HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(5)
         self.sock.connect(self._path)
+        if not _is_ours(self.sock):
+            self.sock.close()
+            raise PermissionError(f"{self._path} is another user's")
         self.sock.settimeout(self._read_timeout)
+
+
+def _is_ours(connected: socket.socket) -> bool:
+    """Does our own user listen there? The directory of meshes may lie where everybody may write (/dev/shm), and what a
+    command sends (Secrets of manifests) is for nobody else.
+    """
+    _, uid, _ = struct.unpack("iII", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return bool(uid == os.geteuid())
 
 
 def _with_query(path: str, query: dict[str, str | int]) -> str:

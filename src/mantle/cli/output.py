@@ -92,8 +92,11 @@ def right_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: i
 
 
 def json_text(value: Any) -> str:
-    """Indented JSON for people and tools, with a line end."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Indented JSON for people and tools, with a line end. What could move a cursor is written as `\\uNNNN`."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    if text.isascii() and "\x7f" not in text:
+        return text  # JSON escapes the other control characters itself
+    return "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in text)
 
 
 def json_line(value: Any) -> str:

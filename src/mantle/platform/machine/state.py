@@ -9,6 +9,7 @@ import fcntl
 import ipaddress
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,8 +81,10 @@ class StateDir:
         self.path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)  # others may learn whose a mesh is, no more
         for directory in (self.path.parent, self.path):
             directory.mkdir(mode=0o700, exist_ok=True)
-            if directory.stat().st_uid != os.geteuid():
-                raise PermissionError(f"{directory} belongs to another user")
+            # Of itself: where everybody may write (/dev/shm), somebody may have put a link to a directory of ours.
+            there = directory.lstat()
+            if there.st_uid != os.geteuid() or not stat.S_ISDIR(there.st_mode):
+                raise PermissionError(f"{directory} belongs to another user, or is no directory")
         self.path.parent.chmod(0o711)
         for directory in (self.control, self.pods, self.path / "issuer"):
             directory.mkdir(mode=0o700, exist_ok=True)
