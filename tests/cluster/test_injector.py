@@ -175,13 +175,14 @@ def test_while_it_is_down_each_namespace_has_what_it_chose(mesh):
 
 
 def test_its_certificates_and_authorities_change_under_load_and_no_admission_fails(mesh):
-    """Two replicas, a certificate of ten seconds, and pods all the while: fail-closed, so that each failure shows."""
+    """Two replicas, a certificate of some seconds, and pods all the while: fail-closed, so that each failure shows."""
     (replica,) = mesh.replicas
     mesh.stop(replica)
     mesh.api.kubectl("-n", "mantle", "delete", "secret", "mantle-injector-tls")
     namespace = mesh.namespace(annotations=ENABLED, labels={"mantle.dev/injector-failure": "closed"})
-    serving = mesh.start("--certificate-lifetime=5s")
-    other = mesh.start("--certificate-lifetime=5s", port=free_port())
+    # Renewed after 7 s, over 4 s later: a busy machine may stand still for seconds.
+    lives = ("--certificate-lifetime=12s", "--authority-lifetime=60s")
+    serving, other = mesh.start(*lives), mesh.start(*lives, port=free_port())
     mesh.in_effect(namespace)
     stop, failures, made = threading.Event(), [], []
 
@@ -198,7 +199,7 @@ def test_its_certificates_and_authorities_change_under_load_and_no_admission_fai
     worker = threading.Thread(target=load)
     worker.start()
     try:
-        # 60 s is the authority's life: it joins at 42 s, signs from 45 s.
+        # Another authority joins 36 s after the first was made, and signs 3 to 11 s later.
         seen: set[bytes] = set()
 
         def two_authorities_have_signed() -> bool:
@@ -207,7 +208,7 @@ def test_its_certificates_and_authorities_change_under_load_and_no_admission_fai
             seen.add(leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier)
             return len(seen) >= 2
 
-        eventually(two_authorities_have_signed, seconds=75)
+        eventually(two_authorities_have_signed, seconds=240)
         count = len(made)
         eventually(lambda: len(made) >= count + 5)
     finally:
@@ -215,7 +216,7 @@ def test_its_certificates_and_authorities_change_under_load_and_no_admission_fai
         worker.join(70)
     assert failures == [] and all(made)
     for each in (serving, other):
-        assert each.metric("mantle_injector_certificate_reloads_total") >= 10
+        assert each.metric("mantle_injector_certificate_reloads_total") >= 4
     writes = sum(each.metric("mantle_injector_certificate_writes_total") for each in (serving, other))
     assert writes <= serving.metric("mantle_injector_certificate_reloads_total") + 4, "each renewal is written once"
 

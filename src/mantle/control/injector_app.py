@@ -45,6 +45,7 @@ def injector_main(argv: Sequence[str]) -> int:
     flags.add_argument(
         "--certificate-lifetime", type=duration, default=timedelta(days=30), help="renewed at 70 %% of it"
     )
+    flags.add_argument("--authority-lifetime", type=duration, help="the same of its authority (twelve times as long)")
     flags.add_argument(
         "--linger", type=duration, default=timedelta(seconds=3),
         help="served on after SIGTERM, until the Service no longer leads here",
@@ -88,9 +89,9 @@ async def serve_injector(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> Plan:
-    """The Service's names, and an authority that lives twelve times as long as a certificate."""
+    """The Service's names, and how long certificate and authority live."""
     service = f"mantle-injector.{options.control_namespace}.svc"
-    authority = options.certificate_lifetime * 12
+    authority: timedelta = options.authority_lifetime or options.certificate_lifetime * 12
     return Plan(
         common_name=service,
         dns_names=(service, *options.dns_name),
