@@ -305,7 +305,9 @@ def test_a_namespace_that_cannot_be_is_not_asked_about(namespace: str):
         made["request"]["namespace"] = namespace
         async with TestClient(TestServer(application(play.injector))) as client:
             answer = await client.post("/", json=made)
-            assert answer.status == 400 and "wanted the name of one" in await answer.text()
+            said = await answer.text()
+            # Half a surrogate pair is no text at all: its review is not even read.
+            assert answer.status == 400 and ("wanted the name of one" in said or "found no JSON" in said)
         assert play.api.asked == []
 
     asyncio.run(scene())
