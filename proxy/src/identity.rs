@@ -25,6 +25,7 @@ use crate::control::client::{self, ClientTls};
 use crate::metrics::{Http, Metrics};
 use crate::record;
 use crate::socket::Dial;
+use crate::tls::clock::Outside;
 use crate::tls::{self, BadCertificate, Credentials, Trust};
 
 /// One Certify, connection included.
@@ -43,7 +44,7 @@ enum Failed {
     Refused(Status),
     /// The answer is used only if it verifies.
     Bad(BadCertificate),
-    AlreadyOver,
+    AlreadyOver(Outside),
 }
 
 impl fmt::Display for Failed {
@@ -57,7 +58,7 @@ impl fmt::Display for Failed {
             Self::Timeout => write!(f, "the identity service did not answer within {CERTIFY:?}"),
             Self::Refused(status) => write!(f, "the identity service answered {:?}: {}", status.code(), Causes(status)),
             Self::Bad(why) => write!(f, "the identity service's answer is not used: {why}"),
-            Self::AlreadyOver => f.write_str("the identity service's answer is already over: compare the clocks"),
+            Self::AlreadyOver(outside) => write!(f, "the identity service's answer {outside}"),
         }
     }
 }
@@ -218,7 +219,7 @@ fn accept(
         new.not_after = new.not_after.min(valid_until);
     }
     if new.not_after <= now {
-        return Err(Failed::AlreadyOver);
+        return Err(Failed::AlreadyOver(Outside::too_late(new.not_after, now)));
     }
     Ok(new)
 }

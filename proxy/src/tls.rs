@@ -19,8 +19,10 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+pub(crate) mod clock;
 pub(crate) mod second;
 
+use clock::Outside;
 use second::{Names, Second};
 
 /// The ALPN of the mux link between Mantle proxies.
@@ -81,10 +83,13 @@ pub(crate) enum BadCertificate {
 impl fmt::Display for BadCertificate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Untrusted(why) => write!(
-                f,
-                "the certificate does not verify against the trust roots ({why}): is the identity service of this mesh?"
-            ),
+            Self::Untrusted(why) => match Outside::of(why) {
+                Some(outside) => write!(f, "the certificate {outside}"),
+                None => write!(
+                    f,
+                    "the certificate does not verify against the trust roots ({why}): is the identity service of this mesh?"
+                ),
+            },
             Self::WrongName { wanted } => {
                 write!(f, "the certificate is not for {wanted}: compare the service account with IDENTITY_LOCAL_NAME")
             }

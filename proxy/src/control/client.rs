@@ -25,6 +25,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::config::ControlAddr;
 use crate::metrics::{ControlLabels, TlsLabel};
 use crate::socket::{self, Dial};
+use crate::tls::clock::Handshake;
 use crate::tls::{self, CredentialsWatch};
 
 /// What the client shows when the service's address is not loopback.
@@ -88,7 +89,7 @@ async fn connect(addr: &ControlAddr, tls: ClientTls, dial: Dial) -> io::Result<C
     let tls = TlsConnector::from(config).connect(name, tcp).await;
     let left = until.map(|until| until.duration_since(SystemTime::now()).unwrap_or_default());
     tls.map(|tls| Connection::Tls(Box::new(tls), left.map(|left| Box::pin(tokio::time::sleep(left)))))
-        .map_err(|why| io::Error::new(why.kind(), format!("TLS with {addr}: {why}")))
+        .map_err(|why| io::Error::new(why.kind(), format!("TLS with {addr}: {}", Handshake(&why))))
 }
 
 async fn connect_tcp(addr: &ControlAddr, dial: Dial) -> io::Result<TcpStream> {

@@ -162,6 +162,44 @@ async fn no_token_and_no_service_are_waited_for() {
     stage.epoch(1).await;
 }
 
+#[tokio::test]
+async fn a_clock_that_is_off_is_told_with_the_times_and_not_as_another_mesh() {
+    let (ca, ahead) = (Ca::new(), Duration::from_secs(300));
+    let mut config = config(&ca, std::path::Path::new("/none"));
+    let dial = Dial { mark: None, timeout: CERTIFY };
+    let told = |text: &str, said: &str| {
+        assert!(text.contains(said) && text.contains("compare the clock of this node"), "{text}");
+        assert!(!text.contains("of this mesh"), "{text}");
+    };
+
+    // The identity service's own certificate begins when its clock says so.
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("bind");
+    let port = listener.local_addr().expect("address").port();
+    let serving = Plane::new().serve(listener, Some(ca.credentials_in(ahead, API).server_plain));
+    config.identity.svc = ControlAddr { host: "127.0.0.1".into(), port, name: Some(API.into()) };
+    config.identity.token_file = std::env::temp_dir().join(format!("mantle-clock-test-{}", std::process::id()));
+    write(&config.identity.token_file, "token");
+    let calls = Metrics::new().control(&client::labels(&config.identity.svc));
+    let failed = certify(&config.identity, &ca.trust(), None, 1, dial, calls).await;
+    serving.abort();
+    let _ = std::fs::remove_file(&config.identity.token_file);
+    told(&failed.expect_err("not yet").to_string(), "its certificate is not valid before ");
+
+    // So does what it signs, and what it signed may be over already.
+    let now = SystemTime::now();
+    let accepted = |leaf: &Leaf<'_>, valid_until: Option<SystemTime>, now: SystemTime| {
+        let key = KeyPair::generate().expect("key");
+        let leaf_certificate = ca.issue(leaf, &key).to_vec();
+        let answer =
+            CertifyResponse { leaf_certificate, valid_until: valid_until.map(Into::into), ..Default::default() };
+        accept(&ca.trust(), answer, key, &Arc::from(WEB), 1, now).expect_err("refused").to_string()
+    };
+    let named = Leaf::named(WEB);
+    told(&accepted(&Leaf { begins_in: ahead, ..Leaf::named(WEB) }, None, now), "the certificate is not valid before ");
+    told(&accepted(&named, None, now + Duration::from_secs(7200)), "the certificate was valid until ");
+    told(&accepted(&named, Some(now - ahead), now), "answer was valid until ");
+}
+
 #[test]
 fn a_renewal_that_a_suspended_machine_slept_through_is_done_at_once() {
     let (now, hour) = (SystemTime::now(), Duration::from_secs(3600));

@@ -23,6 +23,8 @@ pub(crate) struct Ca {
 pub(crate) struct Leaf<'a> {
     pub(crate) name: &'a str,
     pub(crate) spiffe: &'a str,
+    /// Zero: it is valid now.
+    pub(crate) begins_in: Duration,
     pub(crate) lifetime: Duration,
     pub(crate) usages: &'a [ExtendedKeyUsagePurpose],
 }
@@ -32,6 +34,7 @@ impl<'a> Leaf<'a> {
         Self {
             name,
             spiffe: "spiffe://cluster.local/ns/shop/sa/x",
+            begins_in: Duration::ZERO,
             lifetime: Duration::from_secs(3600),
             usages: &[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
         }
@@ -59,7 +62,7 @@ impl Ca {
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names.push(SanType::URI(leaf.spiffe.try_into().expect("uri")));
         params.extended_key_usages = leaf.usages.to_vec();
-        let now = SystemTime::now();
+        let now = SystemTime::now() + leaf.begins_in;
         params.not_before = (now - Duration::from_secs(20)).into();
         // Certificates know whole seconds: never less than asked for.
         params.not_after = (now + leaf.lifetime + Duration::from_secs(1)).into();
@@ -67,9 +70,15 @@ impl Ca {
     }
 
     pub(crate) fn credentials(&self, name: &str) -> Credentials {
+        self.credentials_in(Duration::ZERO, name)
+    }
+
+    /// Of a certificate that begins so much later, as whoever has a fast clock makes it.
+    pub(crate) fn credentials_in(&self, begins_in: Duration, name: &str) -> Credentials {
         let key = KeyPair::generate().expect("key");
-        let leaf = self.issue(&Leaf::named(name), &key);
-        self.trust().credentials(1, &[leaf], private(&key), &Arc::from(name), SystemTime::now()).expect("credentials")
+        let leaf = self.issue(&Leaf { begins_in, ..Leaf::named(name) }, &key);
+        let then = SystemTime::now() + begins_in;
+        self.trust().credentials(1, &[leaf], private(&key), &Arc::from(name), then).expect("credentials")
     }
 }
 
