@@ -32,7 +32,7 @@ class ApiServer:
     def kubectl(self, *args: str, input: str | None = None) -> str:
         """What `kubectl ARGS` says. Fails the test, with its own words, if it does."""
         command = [str(self.bins / "kubectl"), f"--kubeconfig={self.kubeconfig}", *args]
-        done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=90, env=_environment())
+        done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=300, env=_environment())
         assert done.returncode == 0, f"kubectl {' '.join(args)}:\n{done.stderr}{done.stdout}"
         return done.stdout
 
