@@ -114,3 +114,98 @@ def test_a_pod_whose_name_is_not_known_beforehand_is_refused_with_what_to_do(mes
     spec = {"containers": [{"name": "app", "image": "acme/app"}]}
     bare = {"apiVersion": "v1", "kind": "Pod", "metadata": {"generateName": "x-", "annotations": WISH}, "spec": spec}
     assert "a pod with a name or a controller" in mesh.refusal(mesh.namespace(), bare)
+
+
+# ---- what the ca may write ----
+
+
+class AsCa:
+    """What the API server says to the ca's own account, whatever program speaks for it."""
+
+    def __init__(self, server: ApiServer) -> None:
+        self._server = server
+        self._who = ("--kubeconfig", str(server.kubeconfig_of(NAMESPACE, "mantle-ca")))
+
+    def says(self, *args: str, body: dict[str, Any] | None = None) -> str:
+        """Why it is refused; empty if it is not."""
+        text = None if body is None else json.dumps(body)
+        try:
+            self._server.kubectl(*self._who, *args, input=text)
+        except AssertionError as error:
+            return str(error)
+        return ""
+
+    def create(self, secret: dict[str, Any], dry: bool = False) -> str:
+        path = f"/api/v1/namespaces/{secret['metadata']['namespace']}/secrets"
+        return self.says("create", "--raw", path + ("?dryRun=All" if dry else ""), "-f", "-", body=secret)
+
+    def replace(self, secret: dict[str, Any]) -> str:
+        meta = secret["metadata"]
+        path = f"/api/v1/namespaces/{meta['namespace']}/secrets/{meta['name']}"
+        return self.says("replace", "--raw", path, "-f", "-", body=secret)
+
+
+def a_secret(namespace: str, name: str, kind: str = "kubernetes.io/tls", labelled: bool = True) -> dict[str, Any]:
+    labels = {"mantle.dev/tls": "optional"} if labelled else {}
+    metadata = {"namespace": namespace, "name": name, "labels": labels}
+    data = {"tls.crt": "", "tls.key": ""}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind, "data": data}
+
+
+OWN_NAME, FOREIGN, ELSEWHERE = "may write Secrets of type", "not mantle-ca's", "in the control namespace"
+
+
+@pytest.fixture
+def as_ca(api_server: ApiServer, mesh: Mesh) -> AsCa:
+    """The ca's account, once the API server narrows what it may do: a moment after the policy was applied."""
+    ca = AsCa(api_server)
+    for probe, refusal in (
+        (a_secret("default", "anything", "Opaque"), OWN_NAME),
+        (a_secret(NAMESPACE, "any-deployment-tls-mantle"), ELSEWHERE),
+    ):
+        eventually(lambda probe=probe, refusal=refusal: refusal in ca.create(probe, dry=True), seconds=SECONDS)  # type: ignore[misc]
+    return ca
+
+
+def test_the_ca_can_neither_read_nor_change_the_issuer_or_any_secret_that_is_not_its_own(
+    api_server: ApiServer, mesh: Mesh, as_ca: AsCa
+) -> None:
+    namespace = mesh.namespace()
+    issuer = a_secret(NAMESPACE, "mantle-identity-issuer", labelled=False)
+    ingress = a_secret(namespace, "web-deployment-tls-mantle", labelled=False)
+    theirs = a_secret(namespace, "password", "Opaque", labelled=False)
+    for secret in (issuer, ingress, theirs):
+        mesh.create(secret["metadata"]["namespace"], secret)
+    try:
+        before = [stored(api_server, secret) for secret in (issuer, ingress, theirs)]
+        for secret in (issuer, ingress, theirs):
+            where, name = ("-n", secret["metadata"]["namespace"]), f"secret/{secret['metadata']['name']}"
+            for verb in (("get",), ("delete",), ("patch", "-p", "{}")):
+                assert "forbidden" in as_ca.says(*where, verb[0], name, *verb[1:]), verb
+        assert "forbidden" in as_ca.says("get", "secrets", "-A")
+        # With its own name and label, or without, or passed off as one of the mode's.
+        assert OWN_NAME in as_ca.replace(issuer)
+        assert OWN_NAME in as_ca.replace(a_secret(NAMESPACE, "mantle-identity-issuer"))
+        assert OWN_NAME in as_ca.replace(theirs)
+        assert FOREIGN in as_ca.replace(a_secret(namespace, "web-deployment-tls-mantle"))
+        token = a_secret(namespace, "default-tls-mantle", "kubernetes.io/service-account-token")
+        token["metadata"]["annotations"] = {"kubernetes.io/service-account.name": "default"}
+        assert OWN_NAME in as_ca.create(token), "the cluster would put a token into it"
+        assert ELSEWHERE in as_ca.create(a_secret(NAMESPACE, "mantle-viz-tls-mantle"))
+        assert [stored(api_server, secret) for secret in (issuer, ingress, theirs)] == before
+    finally:
+        api_server.kubectl("-n", NAMESPACE, "delete", "secret", "mantle-identity-issuer")
+
+
+def test_the_ca_makes_and_replaces_what_is_its_own(mesh: Mesh, as_ca: AsCa) -> None:
+    namespace = mesh.namespace()
+    own = a_secret(namespace, "api-deployment-tls-mantle")
+    assert as_ca.create(own) == ""
+    assert as_ca.replace(own) == ""
+    observer = a_secret(NAMESPACE, "mantle-viz-deployment-tls-mantle")
+    assert "already exists" in as_ca.create(observer) or as_ca.replace(observer) == ""
+
+
+def stored(server: ApiServer, secret: dict[str, Any]) -> str:
+    meta = secret["metadata"]
+    return server.kubectl("-n", meta["namespace"], "get", "secret", meta["name"], "-o", "json")

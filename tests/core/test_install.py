@@ -45,6 +45,7 @@ def containers(template: Object) -> dict[str, Object]:
 
 
 CLUSTER_SCOPED = ("Namespace", "ClusterRole", "ClusterRoleBinding", "MutatingWebhookConfiguration", "APIService")
+NARROWING = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
 
 
 # ---- complete ----
@@ -135,6 +136,16 @@ def test_no_rule_reads_the_issuer():
                 name = role["metadata"]["name"]
                 assert role["kind"] == "Role"
                 assert rule["resourceNames"] == ["mantle-ca" if name == "mantle-ca" else f"{name}-tls"]
+
+
+def test_what_narrows_the_rights_of_the_ca_is_there_before_they_are_and_names_its_account():
+    objects = rendered(tls="optional")
+    kinds = [o["kind"] for o in objects if o["metadata"]["name"] == "mantle-ca"]
+    assert kinds.index("ClusterRoleBinding") > max(kinds.index(kind) for kind in NARROWING)
+    policy = find(rendered(tls="optional", control_namespace="mesh"), "ValidatingAdmissionPolicy", "mantle-ca")["spec"]
+    assert policy["matchConditions"][0]["expression"].endswith("== 'system:serviceaccount:mesh:mantle-ca'")
+    assert "mantle:" not in json.dumps(policy)
+    assert find(objects, "ValidatingAdmissionPolicyBinding", "mantle-ca")["spec"]["validationActions"] == ["Deny"]
 
 
 def test_the_ca_is_there_in_the_experimental_mode_alone_and_restricted_too():

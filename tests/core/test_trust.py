@@ -1,5 +1,6 @@
 """Which trust a mesh is installed with, and everything that keeps material from carrying one, said at once."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -247,6 +248,13 @@ def test_everything_that_stands_in_the_way_is_said():
         "Kubernetes",
     ]
     assert "Linkerd" in found[1] and "Istio" in found[2] and "found 1.28; wanted 1.29" in found[5]
+
+
+def test_the_experimental_mode_needs_a_cluster_that_narrows_its_ca():
+    optional = replace(VALUES, tls="optional")
+    assert list(obstacles(Facts((1, 29)), VALUES)) == list(obstacles(Facts((1, 30)), optional)) == []
+    (fault,) = said(tuple(obstacles(Facts((1, 29)), optional)))
+    assert "found 1.29; wanted 1.30 or newer for --tls=optional" in fault
 
 
 def test_versions_as_clusters_write_them():

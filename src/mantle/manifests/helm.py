@@ -16,6 +16,7 @@ from typing import Any
 
 from mantle import __version__
 from mantle.manifests.config import BY_PATH, InstallValues, put
+from mantle.manifests.facts import LEAST_MINOR, LEAST_MINOR_OPTIONAL
 from mantle.manifests.render import TrustMaterial, install_objects, yaml_text
 
 
@@ -65,7 +66,7 @@ def chart(values: InstallValues) -> dict[str, str]:
         trust = TrustMaterial("mark-trust-anchors")
     namespace, *objects = install_objects(marked, trust)
     return {
-        "Chart.yaml": yaml_text([_CHART]),
+        "Chart.yaml": yaml_text([_CHART | {"kubeVersion": f">=1.{_least_minor(values)}.0-0"}]),
         "values.yaml": _values_file(values),
         "values.schema.json": json.dumps(_schema(values), indent=2) + "\n",
         "templates/namespace.yaml": f"{{{{ if .Values.{NAMESPACE} }}}}\n{_template([namespace])}{{{{ end }}}}\n",
@@ -73,15 +74,18 @@ def chart(values: InstallValues) -> dict[str, str]:
     }
 
 
-_CHART: Mapping[str, Any] = {
+_CHART: dict[str, Any] = {
     "apiVersion": "v2",
     "name": "mantle",
     "description": "Automatic mutual TLS between workloads",
     "type": "application",
     "version": __version__,
     "appVersion": __version__,
-    "kubeVersion": ">=1.29.0-0",
 }
+
+
+def _least_minor(values: InstallValues) -> int:
+    return LEAST_MINOR_OPTIONAL if values.tls == "optional" else LEAST_MINOR
 
 
 def _template(objects: list[dict[str, Any]]) -> str:

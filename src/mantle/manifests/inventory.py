@@ -41,9 +41,10 @@ class Kind:
 
 
 _RBAC = "rbac.authorization.k8s.io/v1"
+_ADMISSION = "admissionregistration.k8s.io/v1"
 
 KINDS: tuple[Kind, ...] = (
-    Kind("admissionregistration.k8s.io/v1", "MutatingWebhookConfiguration", "mutatingwebhookconfigurations"),
+    Kind(_ADMISSION, "MutatingWebhookConfiguration", "mutatingwebhookconfigurations"),
     Kind("apiregistration.k8s.io/v1", "APIService", "apiservices"),
     Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
     Kind("apps/v1", "Deployment", "deployments"),
@@ -52,6 +53,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(_RBAC, "Role", "roles"),
     Kind(_RBAC, "ClusterRoleBinding", "clusterrolebindings"),
     Kind(_RBAC, "ClusterRole", "clusterroles"),
+    Kind(_ADMISSION, "ValidatingAdmissionPolicyBinding", "validatingadmissionpolicybindings"),
+    Kind(_ADMISSION, "ValidatingAdmissionPolicy", "validatingadmissionpolicies"),
     Kind("v1", "ConfigMap", "configmaps"),
     Kind("v1", "Secret", "secrets"),
     Kind("v1", "ServiceAccount", "serviceaccounts"),

@@ -27,6 +27,7 @@ PART_OF, PART_OF_VALUE = "mantle.dev/part-of", "mantle"
 """The label of everything that `upgrade` may replace and `kubectl apply --prune` remove."""
 PROXY_REQUESTS: Mapping[str, str] = {"proxy-cpu-request": "20m", "proxy-memory-request": "24Mi"}
 """What the control plane's own proxies ask for where `proxy.cpuRequest` and `proxy.memoryRequest` say nothing."""
+NARROWING = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
 ALONE = ("ca",)
 """Components with one pod always: two of them would undo each other's work."""
 TRUST_ROOTS, ISSUER = "mantle-identity-trust-roots", "mantle-identity-issuer"
@@ -107,7 +108,8 @@ def install_objects(
     placeholders = _cluster_placeholders(values, overrides or {})
     files = ["rbac.yml", "config.yml", "injector.yml", "tap-api.yml", *(["ca.yml"] if values.tls == "optional" else [])]
     additions = [obj for name in files for obj in _read(f"cluster/{name}", placeholders)]
-    roles = [obj for obj in additions if obj["apiVersion"].startswith("rbac.")]
+    # A right and what narrows it come first.
+    roles = [obj for obj in additions if obj["apiVersion"].startswith("rbac.") or obj["kind"] in NARROWING]
     # What answers the API server comes last: a webhook or an API whose program does not exist yet only makes it wait.
     last = [obj for obj in additions if obj["kind"] in ("MutatingWebhookConfiguration", "APIService")]
     objects = [objects[0], *roles, *objects[1:], *(obj for obj in additions if obj not in roles and obj not in last)]
