@@ -208,6 +208,23 @@ def test_a_probe_that_only_meets_the_proxy_is_named():
     assert not any("tcpSocket" in each.note.message for each in calm)
 
 
+def test_a_port_that_the_proxy_has_is_named_before_one_of_the_two_cannot_start():
+    def listening(*ports: int, protocol: str = "TCP") -> list[dict[str, object]]:
+        declared = [{"containerPort": port, "protocol": protocol} for port in ports]
+        return [{"name": "app", "image": "a", "ports": declared}]
+
+    decision = decided(pod(ENABLED, containers=listening(4191, 8080)))
+    assert "both listen on port 4191" in decision.note.message
+    assert "config.mantle.dev/inbound-port" in decision.review["response"]["warnings"][0]
+    moved = ENABLED | {"config.mantle.dev/admin-port": "5191"}
+    calm = [
+        decided(pod(moved, containers=listening(4191))),
+        decided(pod(ENABLED, containers=listening(4191, protocol="UDP"))),
+        decided(pod(ENABLED, containers=listening(8080))),
+    ]
+    assert not any("both listen" in each.note.message for each in calm)
+
+
 @pytest.mark.parametrize("level", ["baseline", "restricted"])
 def test_a_namespace_that_will_refuse_the_redirect_is_named_with_the_fix(level):
     decision = decided(pod(ENABLED), namespace(labels={"pod-security.kubernetes.io/enforce": level}))

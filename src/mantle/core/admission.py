@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mantle.core.annotations import CREATED_BY, INJECT, SKIPPED, Mistake
+from mantle.core.annotations import CREATED_BY, INJECT, PREFIX, SKIPPED, Mistake
 from mantle.core.inject import Injected, Object, Refused, inject_pod
 from mantle.core.inject_containers import PROXY
 from mantle.core.names import is_label
@@ -265,6 +265,12 @@ def _injected_note(
         message += f"; the {PROXY} it came with was made anew with the mesh's current settings"
     if result.udp_ports:
         warnings.append("it declares UDP ports, which bypass the mesh")
+    if result.clashes:
+        ports = ", ".join(map(str, result.clashes))
+        warnings.append(
+            f"the proxy and a container of it both listen on port {ports}, so one of them will not start; move the "
+            f"proxy with {PREFIX}inbound-port, outbound-port, control-port or admin-port"
+        )
     if result.tcp_probes:
         ports = ", ".join(map(str, result.tcp_probes))
         warnings.append(

@@ -74,6 +74,8 @@ class Injected:
     """The pod declares UDP ports: they are not redirected, and people are told."""
     tcp_probes: tuple[int, ...] = ()
     """Ports that `tcpSocket` probes ask, and the proxy answers: people are told."""
+    clashes: tuple[int, ...] = ()
+    """Ports of the application that the proxy listens on, too: one of them will not start, and people are told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def inject_pod(
         metadata["annotations"][ADDED] = ",".join(sorted(added))
     if mistakes := _apply_tls(result, ns_metadata, owner, config, values):
         return Refused(mistakes)
-    return Injected(result, has_udp_ports(spec), _answered_by_proxy(spec, config))
+    return Injected(result, has_udp_ports(spec), _answered_by_proxy(spec, config), _clashes(spec, config))
 
 
 def _answered_by_proxy(spec: Mapping[str, Any], config: Config) -> tuple[int, ...]:
@@ -170,6 +172,19 @@ def _answered_by_proxy(spec: Mapping[str, Any], config: Config) -> tuple[int, ..
     skipped = port_ranges(config.get("skip-inbound-ports", ""))
     probed = probed_ports(spec, "tcpSocket")
     return tuple(port for port in probed if not any(low <= port <= high for low, high in skipped))
+
+
+def _clashes(spec: Mapping[str, Any], config: Config) -> tuple[int, ...]:
+    """The TCP ports that containers of the application declare and the proxy has."""
+    settings = {"inbound-port": 4143, "outbound-port": 4140, "control-port": 4190, "admin-port": 4191}
+    ours = {config.get(name, usual) for name, usual in settings.items()}
+    theirs = {
+        port.get("containerPort")
+        for container in containers(spec)
+        for port in container.get("ports") or []
+        if container.get("name") not in OURS and port.get("protocol", "TCP") == "TCP"
+    }
+    return tuple(sorted(ours & theirs))
 
 
 def _apply_tls(
