@@ -1,11 +1,16 @@
 """Where the files of meshes lie: in memory, whatever the machine is."""
 
+import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from mantle.cli import down
+from mantle.cli.machine_client import node_lives
 from mantle.platform.machine import places
+from mantle.platform.machine.direct import process_start
 from mantle.platform.machine.state import StateDir
 
 MACHINE = "ext4 / ext4 rw 0 0\ntmpfs /run tmpfs rw 0 0\ntmpfs /run/user/1000 tmpfs rw 0 0\nproc /proc proc rw 0 0\n"
@@ -68,3 +73,19 @@ def test_a_directory_of_somebody_else_is_not_used(tmp_path: Path) -> None:
     os.chown(tmp_path / "meshes", 12345, 12345)
     with pytest.raises(PermissionError, match="belongs to another user"):
         StateDir(tmp_path / "meshes" / "m").create()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_process_that_somebody_else_names_is_not_ended(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as sleeper:
+        try:
+            directory = tmp_path / "m"
+            directory.mkdir()
+            named = {"node_pid": sleeper.pid, "node_start": process_start(sleeper.pid)}
+            (directory / "mesh.json").write_text(json.dumps(named))
+            os.chown(directory / "mesh.json", 12345, 12345)
+            assert not node_lives(directory)
+            down.clean_up(directory, False)
+            assert sleeper.poll() is None
+        finally:
+            sleeper.kill()

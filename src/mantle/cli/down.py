@@ -120,7 +120,7 @@ def _lock(directory: Path) -> int:
 
 def sweep(root: Path) -> None:
     """What belongs to no mesh in particular: the host's ip_forward, and the empty directory of all meshes."""
-    if not root.is_dir():
+    if not root.is_dir() or root.lstat().st_uid != os.geteuid():
         return
     if os.geteuid() == 0:
         from mantle.platform.machine.uplink import restore
@@ -143,6 +143,8 @@ def _known(directory: Path) -> Mapping[str, Any]:
     known: dict[str, Any] = {}
     for name in ("mesh.json", "daemon.json"):
         try:
+            if (directory / name).lstat().st_uid != os.geteuid():
+                continue  # a process that somebody else names is not ours to end
             value = json.loads((directory / name).read_text())
         except (OSError, ValueError):
             continue
