@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import httpx2
+import pytest
 from cryptography import x509
 from prometheus_client import CollectorRegistry
 
 from mantle.control.ca import Authorities, Distributor, Metrics
-from mantle.control.ca_api import PODS, PodOfMode, Reference, Refused, Unreachable
+from mantle.control.ca_api import PODS, Api, PodOfMode, Reference, Refused, Unreachable
 from mantle.core.names import MeshNames
 from mantle.core.optional_names import OptionalNames, Owner
 
@@ -201,3 +203,22 @@ def test_pods_are_read_as_the_api_server_writes_them() -> None:
     assert PODS.convert(msgspec.convert(raw, PODS.raw)) == (("shop", "web-1"), PodOfMode(WEB, REPLICAS))
     raw["metadata"]["labels"] = {}
     assert PODS.convert(msgspec.convert(raw, PODS.raw)) == (("shop", "web-1"), None)
+
+
+@pytest.mark.parametrize("name", ["../../../../../api/v1/secrets", "a\nb", "x?y=1", "\u00fc"])
+def test_an_owner_reference_names_an_object_and_no_path(name: str):
+    """The API server takes any text for the name in one: whoever makes a pod writes it."""
+    asked: list[bytes] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request.url.raw_path)
+        return httpx2.Response(404, json={"message": "no such thing"})
+
+    async def scene() -> None:
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://api") as http:
+            reference = Reference("apps/v1", "ReplicaSet", name, "u", True)
+            assert await Api(http, "mantle").controller_of("shop", reference) is None
+
+    asyncio.run(scene())
+    (path,) = asked
+    assert path.startswith(b"/apis/apps/v1/namespaces/shop/replicasets/") and path.count(b"/") == 7 and b"?" not in path

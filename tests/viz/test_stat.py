@@ -157,3 +157,11 @@ def test_authorities_are_short(authority: str, shown: str) -> None:
 )
 def test_quantile(buckets: dict[float, float], q: float, answer: int | None) -> None:
     assert quantile(buckets, q) == answer
+
+
+@pytest.mark.parametrize("le", ["abc", "nan", "-1", "1e", "\u0663x"])
+def test_a_bucket_without_a_bound_is_left_out(le: str) -> None:
+    buckets = [("10", 5), ("+Inf", 10)]
+    points = [point(WEB, "response_latency_ms_bucket", value, le=bound, **IN) for bound, value in [*buckets, (le, 99)]]
+    row = ask("deployment", response(WEB, 10, **IN), *points)["web"]
+    assert row["latency_ms_p50"] == 10

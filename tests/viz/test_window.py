@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from mantle.core.model import Owner
 from mantle.viz.promtext import Series
 from mantle.viz.source import Subject
@@ -94,3 +98,15 @@ def test_too_many_series_shorten_the_window_instead_of_filling_memory() -> None:
 def test_not_a_number_is_no_growth() -> None:
     window, now = play(1, float("nan"), 3, new=False)
     assert grown(window, now, 60) == 3
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e308, -5.0])
+def test_a_number_that_nothing_can_count_spoils_no_sum(odd: float) -> None:
+    """What a pod's metrics say is the pod's own word."""
+    window, now = play(10, odd, 13, odd, new=True)
+    window.observe(now, "liar", subject("liar"), {OPEN: odd, REQUESTS: odd}, new=True)
+    window.observe(now, "web/open", subject("web-1"), {OPEN: 3.0}, new=True)
+    traffic = window.read(now, 900)
+    assert all(0 <= point.value < 1e18 for point in (*traffic.increases, *traffic.gauges))
+    assert sum(point.value for point in traffic.gauges) == 3
+    assert grown(window, now, 900) >= 13

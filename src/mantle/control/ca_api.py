@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import msgspec
@@ -123,7 +124,8 @@ class Api:
 
     async def controller_of(self, namespace: str, reference: Reference) -> Reference | None:
         """What controls a ReplicaSet or Job; None if nothing does, or it is gone."""
-        path = _APIS[reference.kind].format(namespace, reference.name)
+        # An owner reference is its pod's own word, and its name may be anything at all.
+        path = _APIS[reference.kind].format(namespace, quote(reference.name, safe=""))
         try:
             found = await self._ask("GET", path)
         except Refused as error:

@@ -154,14 +154,23 @@ def _add(row: _Sums, point: Point, query: StatQuery) -> None:
         if point.label("tls") == "true":
             row.secured += point.value
     elif family == LATENCY_BUCKET:
-        bound = float(point.label("le") or "inf")
-        row.buckets[bound] = row.buckets.get(bound, 0.0) + point.value
+        if (bound := _bound(point.label("le"))) is not None:
+            row.buckets[bound] = row.buckets.get(bound, 0.0) + point.value
     elif point.label("peer") == _peer_label(query):
         row.tcp_seen = True
         if family == TCP_READ:
             row.read += point.value
         else:
             row.written += point.value
+
+
+def _bound(text: str) -> float | None:
+    """A bucket's upper bound; None for what a proxy of ours does not write."""
+    try:
+        bound = float(text or "inf")
+    except ValueError:
+        return None
+    return bound if bound >= 0 else None  # a NaN is not, either
 
 
 def _known(snapshot: Snapshot, query: StatQuery) -> dict[_RowKey, list[Pod]]:

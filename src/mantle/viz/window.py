@@ -19,6 +19,9 @@ SLOT_SECONDS = 5.0
 MAX_ENTRIES = 400_000
 """Entries over all slots (about 100 bytes each); beyond it the oldest slots go and the window is shorter."""
 
+MOST = 1e18
+"""The largest number that is believed: an exabyte, or a request each nanosecond for thirty years."""
+
 _GAUGE_FAMILIES = frozenset((*GAUGES, CLIENTS_OPEN))
 
 
@@ -56,10 +59,13 @@ class Window:
     def observe(self, now: float, uid: str, subject: Subject, samples: Mapping[Series, float], *, new: bool) -> None:
         """Takes all samples of one origin: a pod's metrics, or its table of clients; `uid` names pod and origin.
 
+        Numbers that nothing can count (NaN, infinity) are left out: one pod's word must not spoil the sums of all.
+
         `new`: the pod appeared while we watched, so its counters began at zero.
         """
-        gauges = {series: value for series, value in samples.items() if series.family in _GAUGE_FAMILIES}
-        counters = {series: value for series, value in samples.items() if series.family not in _GAUGE_FAMILIES}
+        counted = {series: value for series, value in samples.items() if 0 <= value <= MOST}
+        gauges = {series: value for series, value in counted.items() if series.family in _GAUGE_FAMILIES}
+        counters = {series: value for series, value in counted.items() if series.family not in _GAUGE_FAMILIES}
         before = self._pods.get(uid)
         if before is not None or new:
             last = {} if before is None else before.counters
