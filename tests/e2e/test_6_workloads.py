@@ -101,15 +101,22 @@ def test_a_classic_sidecar_is_ready_before_the_application_starts(space: Cluster
 
 def test_probes_reach_an_application_that_takes_meshed_clients_only(space: Cluster) -> None:
     """The kubelet is not in the mesh: what it probes, and nothing else, is open to it, and the application answers."""
-    http = {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1, "failureThreshold": 1}
+    # Patient where a failure would restart the container: a busy machine is no fault of a probe.
+    patient = {"periodSeconds": 1, "timeoutSeconds": 10, "failureThreshold": 30}
+    http = {
+        "httpGet": {"path": "/ready", "port": "http"},
+        "periodSeconds": 1,
+        "timeoutSeconds": 10,
+        "failureThreshold": 1,
+    }
     container = {
         "name": "main",
         "image": PYTHON,
         "command": ["/usr/bin/python3", "-c", PROBED],
         "ports": [{"name": "http", "containerPort": 8080}],
-        "startupProbe": {"exec": {"command": ["/usr/bin/python3", "-c", ""]}, "periodSeconds": 1},
+        "startupProbe": {"exec": {"command": ["/usr/bin/python3", "-c", ""]}, **patient},
         "readinessProbe": http,
-        "livenessProbe": {"tcpSocket": {"port": 8080}, "periodSeconds": 1},
+        "livenessProbe": {"tcpSocket": {"port": 8080}, **patient},
     }
     policy = {"config.mantle.dev/default-inbound-policy": "all-authenticated"}
     apply(space, "Pod", "v1", "probed", {"containers": [container]}, **policy)
