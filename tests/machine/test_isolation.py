@@ -310,7 +310,7 @@ def attempt(f):
     except OSError as e: return errno.errorcode[e.errno]
 print(os.getuid(), [attempt(f) for f in (
     lambda: open("/proc/1/environ").read(), lambda: os.listdir("/proc/1/root"), lambda: os.setuid(5),
-    lambda: open("/proc/sys/kernel/core_pattern", "w"), lambda: os.mknod("/tmp/x", 0o20600, os.makedev(1, 1)),
+    lambda: open("/proc/sys/kernel/core_pattern", "w"), lambda: os.mknod("/tmp/a-device-of-this-test", 0o20600, os.makedev(1, 1)),
     lambda: os.listdir("/run/mantle/m"))])
 """
 

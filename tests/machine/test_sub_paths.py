@@ -76,3 +76,34 @@ sys.exit(1)
             assert mesh.log("a", "app") == ["sees []"]
 
     host.play(scene)
+
+
+@pytest.mark.root
+@pytest.mark.mesh
+def test_a_host_path_that_leads_to_a_meshs_state_by_now_is_not_shown(host: Any) -> None:
+    """It was looked at when the manifest was read. Another pod, or its user, may have put a link there since."""
+    code = """
+import os
+try: print("sees", os.listdir("/srv/part"))
+except OSError as error: print("sees nothing", error)
+"""
+
+    async def scene() -> None:
+        async with host.mesh() as mesh:
+            other = mesh.dir("b") / "volumes"
+            other.mkdir(parents=True)
+            link, fine = mesh.state.parent.parent / "data", mesh.state.parent.parent / "fine"
+            link.symlink_to(other)
+            fine.mkdir()
+            (mesh.state.parent.parent / "good").symlink_to(fine)
+            for source, uid in ((link, "a"), (mesh.state.parent.parent / "good", "c")):
+                app = python("app", code, mounts=(MountSpec(str(source), "/srv/part"),))
+                await mesh.start(uid, f"10.203.0.{ord(uid)}", app, restart=Restart.NEVER)
+                status = await mesh.ended(uid)
+                if source == link:
+                    assert "which no pod may see" in status.containers[0].message, status
+                    assert mesh.log(uid, "app") == []
+                else:
+                    assert mesh.log(uid, "app") == ["sees []"]
+
+    host.play(scene)

@@ -154,6 +154,8 @@ def build_view(place: Place, spec: ContainerSpec) -> int:
     view = View()
     view.make_root_ours(m.target for m in spec.mounts)
     volumes = [(m, view.open_below(m.source, m.below)) for m in spec.mounts]
+    for item, fd in volumes:
+        _refuse_disguised(item.source, os.readlink(f"/proc/self/fd/{fd}"), (*_HIDDEN, *place.hidden))
     files = [(name, view.open(str(path))) for name in _FILES if (path := place.directory / "etc" / name).exists()]
     program = _open_program(spec.argv[0])
     of_tmp = _named_in_tmp(spec)
@@ -171,6 +173,15 @@ def build_view(place: Place, spec: ContainerSpec) -> int:
         view.bind(fd, item.target, read_only=item.read_only)
     view.seal()
     return program
+
+
+def _refuse_disguised(named: str, real: str, hidden: Sequence[str]) -> None:
+    """Raises OSError for a path of the manifest that leads to what every pod is kept from: it led elsewhere when the
+    manifest was read, and whoever may write beside it has changed that since.
+    """
+    for directory in hidden:
+        if Path(real).is_relative_to(directory) and not Path(named).is_relative_to(directory):
+            raise OSError(f"{named} leads to {real} by now, which no pod may see")
 
 
 def _named_in_tmp(spec: ContainerSpec) -> set[str] | None:
