@@ -16,7 +16,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.geteuid() != 0:
         sys.exit("make e2e: pods need root; as another user, `pytest tests/cluster` runs what needs the API only")
-    # Builds Kubernetes where that was not done yet: 5 to 13 minutes, once (`.ci/run` starts it early).
+    # Builds Kubernetes and Helm where that was not done yet: 7 to 19 minutes, once (`.ci/run` starts it early).
     subprocess.run([ROOT / "tests/e2e/cluster", "build"], check=True)
     arguments = sys.argv[1:]
     api = [] if arguments else [python(["-n", "2", "--dist", "loadfile", "tests/cluster"], "api")]

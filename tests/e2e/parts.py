@@ -8,6 +8,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "images"))
 import oci
@@ -88,10 +89,11 @@ def kubernetes(out):
 def helm(out):
     module = f"helm.sh/helm/v3/cmd/helm@v{HELM_VERSION}"
     env = go_environment() | {"GOBIN": str(out)}
-    for last in (False, False, True):  # it is fetched over the network, which may fail for a moment
-        run(*nice(), "go", "install", "-trimpath", "-ldflags", "-s -w", module, cwd=out, env=env, check=last)
+    for wait in (15, 60, 0):  # it is fetched over the network, which may fail for a moment
+        run(*nice(), "go", "install", "-trimpath", "-ldflags", "-s -w", module, cwd=out, env=env, check=not wait)
         if (out / "helm").exists():
             return
+        time.sleep(wait)
 
 
 def go_environment(*flags):

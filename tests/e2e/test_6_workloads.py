@@ -1,16 +1,21 @@
-"""Kinds of pods that people run, in the mesh on the real cluster: Jobs, classic sidecars, names with dots, no token."""
+"""Kinds of pods that people run, in the mesh on the real cluster: Jobs, classic sidecars, dotted names, a balancer."""
 
 from __future__ import annotations
 
 import json
+import socket
+import ssl
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from certificates import Certificate
 from e2e.stage import EMOJIVOTO, Cluster, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 NAMESPACE = "workloads"
+NODE_IP = "10.86.0.2"
 PYTHON = next(line.split()[-1] for line in EMOJIVOTO.splitlines() if "image: mantle/emojivoto" in line)
 ASK = """
 import sys, urllib.request
@@ -157,3 +162,49 @@ def test_why_a_pod_is_not_meshed_stands_on_it_and_on_its_workload(space: Cluster
     annotations = space.get("pod", name, "-n", NAMESPACE)["metadata"]["annotations"]
     assert annotations["mantle.dev/injection-skipped"] == "host_network_enabled: hostNetwork is enabled"
     space.kubectl("delete", "deploy", "host", "-n", NAMESPACE)
+
+
+SERVE_TLS = """
+import http.server, os, ssl
+pem = os.memfd_create("pem")
+os.write(pem, os.environ["PEM"].encode())
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(f"/proc/self/fd/{pem}")
+server = http.server.ThreadingHTTPServer(("", 8443), http.server.SimpleHTTPRequestHandler)
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
+"""
+
+
+def test_a_load_balancer_that_hides_its_clients_delays_no_server_hello(space: Cluster) -> None:
+    """`externalTrafficPolicy: Cluster`: in the first meshes the Server Hello came seconds after the Client Hello."""
+    serving = asking(False)["containers"][0] | {
+        "command": ["/usr/bin/python3", "-c", SERVE_TLS],
+        "env": [{"name": "PEM", "value": Certificate("outside").both.decode()}],
+    }
+    template = {"metadata": {"labels": {"app": "outside"}}, "spec": {"containers": [serving]}}
+    selector = {"app": "outside"}
+    apply(space, "Deployment", "apps/v1", "outside", {"selector": {"matchLabels": selector}, "template": template})
+    ports = [{"port": 443, "targetPort": 8443}]
+    service = {"type": "LoadBalancer", "externalTrafficPolicy": "Cluster", "selector": selector, "ports": ports}
+    apply(space, "Service", "v1", "outside", service)
+    space.rolled_out(NAMESPACE, "outside")
+    until(lambda: space.mantle("identity", "-n", NAMESPACE, "deploy/outside"), "it is in the mesh")
+    port = space.get("service", "outside", "-n", NAMESPACE)["spec"]["ports"][0]["nodePort"]
+    anybody = ssl.create_default_context()
+    anybody.check_hostname, anybody.verify_mode = False, ssl.CERT_NONE
+
+    def seconds() -> float:
+        with socket.create_connection((NODE_IP, port), timeout=10) as plain:
+            began = time.monotonic()
+            with anybody.wrap_socket(plain):
+                return time.monotonic() - began
+
+    def quick() -> bool:
+        try:
+            # On a busy machine one may take long; the delay that is meant was there every time.
+            return min(seconds() for _ in range(5)) < 1
+        except OSError as error:
+            raise AssertionError(str(error)) from None
+
+    until(quick, "a Server Hello within a second")
