@@ -170,6 +170,19 @@ def test_identitys_own_sidecar_is_certified_over_loopback(tmp_path: Path) -> Non
     asyncio.run(play())
 
 
+def test_where_the_network_rewrites_addresses_the_pod_alone_counts(tmp_path: Path) -> None:
+    async def play() -> None:
+        async with running(tmp_path) as server:
+            assert "identity.checkAddress=false" in (await refused(server, address="10.203.0.6"))[2]
+            server.certifier.check_address = False
+            assert (await server.ask("10.203.0.6")).leaf_certificate
+            code, reason, _ = await refused(server, address="10.203.0.6", token=b"of a dead pod")
+            assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "token_rejected")
+            assert (await refused(server, address=None))[1] == "other_pod_on_loopback"
+
+    asyncio.run(play())
+
+
 # ---- refused, one by one ----
 
 UNPROVEN = CSR[:-1] + bytes([CSR[-1] ^ 1])

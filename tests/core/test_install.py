@@ -281,6 +281,15 @@ def test_a_namespace_decides_what_an_unanswering_injector_means_for_it():
     assert failure_of(ha, None) == failure_of(ha, "closed") == failure_of(OBJECTS, "closed") == ["Fail"]
 
 
+def test_identity_is_told_whether_addresses_count():
+    def said(**given: object) -> list[str]:
+        args = containers(pod(rendered(**given), "identity"))["identity"]["args"]
+        return [arg for arg in args if arg.startswith("--check-address")]
+
+    assert said() == ["--check-address=true"]
+    assert said(check_address=False) == ["--check-address=false"]
+
+
 def test_a_registry_stands_before_every_image():
     objects = install_objects(load({"registry": "r.example:5000/team", "proxy": {"enableDebugSidecar": True}}), TRUST)
     images = {c["image"] for component in COMPONENTS for c in containers(pod(objects, component)).values()}

@@ -61,6 +61,9 @@ def identity_main(argv: Sequence[str]) -> int:
     flags.add_argument("--audience", type=_list, default=["identity.mantle.dev"], help="of tokens, comma-separated")
     flags.add_argument("--issuance-lifetime", type=duration, default=LEAF_LIFETIME, help="of a leaf: 24h, 10s …")
     flags.add_argument("--clock-skew-allowance", type=duration, default=CLOCK_SKEW, help="added at both ends of it")
+    flags.add_argument(
+        "--check-address", choices=("true", "false"), default="true", help="whether a token must come from its pod's"
+    )
     flags.add_argument("--certify-rate", type=float, default=CERTIFY_RATE, help="per second and address")
     flags.add_argument("--certify-burst", type=int, default=CERTIFY_BURST, help="at once and address")
     flags.add_argument("--nice", type=int, default=10, help="how much this process steps back behind destination")
@@ -98,6 +101,7 @@ async def serve_identity(options: argparse.Namespace) -> None:
             entropy=secrets.token_bytes,
             tell=platform.tell,
             deployment=deployment,
+            check_address=options.check_address == "true",
         )
         registry.register(PlatformCounts(platform))
 

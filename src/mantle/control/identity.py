@@ -182,6 +182,8 @@ class Certifier:
     tell: Callable[[Event], None] = lambda _: None
     """Takes events for the objects they are about."""
     deployment: Key = DEPLOYMENT
+    check_address: bool = True
+    """Refuse a token that comes from another address than its pod's. False for networks that rewrite addresses."""
     in_flight: int = 0
 
     async def certify(self, request: pb.CertifyRequest, address: str, loopback: bool) -> ca.Leaf | Refusal:
@@ -268,13 +270,13 @@ class Certifier:
                 f"a token of identity's own pod {self.own_pod}",
                 fix,
             )
-        if claims.pod_ip and address in (claims.pod_ip, *claims.more_pod_ips):
+        if not self.check_address or (claims.pod_ip and address in (claims.pod_ip, *claims.more_pod_ips)):
             return None
         return Refusal(
             CertifyRefused.OTHER_ADDRESS,
             f"a token of the pod {claims.namespace}/{claims.pod} presented from {address}",
             f"the pod's own address {claims.pod_ip or '(it has none)'}",
-            fix,
+            f"{fix}; where the network rewrites addresses of pods, install with identity.checkAddress=false",
         )
 
     def _check_name(self, identity: str, claims: TokenClaims) -> Workload | Refusal:

@@ -58,6 +58,7 @@ class InstallValues:
     clock_skew: str = "20s"
     external_issuer: bool = False
     audiences: tuple[str, ...] = ("identity.mantle.dev",)
+    check_address: bool = True
     proxy: Mapping[str, str] = field(default_factory=dict)
     """Settings of every proxy: `config.mantle.dev/` names without prefix, to their texts. Already accepted."""
 
@@ -280,6 +281,14 @@ VALUES: tuple[Value, ...] = (
         _list(_text(lambda text: bool(text) and text.isprintable() and "," not in text)),
         "a list of token audiences",
         "which tokens identity accepts; proxies use the first",
+    ),
+    Value(
+        "identity.checkAddress",
+        "check_address",
+        _boolean,
+        "true or false",
+        "a token is good only from its pod's own address; false where the network rewrites addresses between pods and "
+        "services (kube-proxy's masquerade-all), as no pod gets a certificate there otherwise",
     ),
 )
 """Every value but those of proxies, in the order of the documentation."""

@@ -150,6 +150,7 @@ def _cluster_placeholders(values: InstallValues, overrides: Mapping[str, Any]) -
         "NETWORKS": ",".join(values.networks),
         "PLATFORM": "kubernetes",
         "AUDIENCES": ",".join(values.audiences),
+        "CHECK_ADDRESS": str(values.check_address).lower(),
         "DEFAULT_POLICY": values.proxy.get("default-inbound-policy", "all-unauthenticated"),
         "PULL_POLICY": values.image_pull_policy,
         "CPU_REQUEST": values.cpu_request,
