@@ -309,7 +309,7 @@ def test_mounts(host: Any) -> None:
             )
             script = """
 cat /var/run/secrets/mantle.dev/token /brand-new/deep/token /etc/new-directory/token /etc/hostname /tmp/inside/token; echo
-for d in /brand-new/deep /brand-new /etc/new-directory /usr/share /tmp /etc; do touch $d/x 2>/dev/null && echo wrote $d; done
+for d in /brand-new/deep /brand-new /etc/new-directory /usr/share /tmp /etc; do touch $d/of-test-mounts 2>/dev/null && echo wrote $d; done
 ls /brand-new /usr/share | tr '\\n' ' '; echo; ls -d /etc/passwd /usr/bin/env /dev/null /proc/self/status
 """
             await mesh.start("a", IP, shell("app", script, mounts=mounts), restart=Restart.NEVER)
@@ -318,13 +318,14 @@ ls /brand-new /usr/share | tr '\\n' ' '; echo; ls -d /etc/passwd /usr/bin/env /d
                 "abc" * 5,
                 "wrote /usr/share",
                 "wrote /tmp",
-                "/brand-new: deep deep2  /usr/share: x ",
+                "/brand-new: deep deep2  /usr/share: of-test-mounts ",
                 "/dev/null",
                 "/etc/passwd",
                 "/proc/self/status",
                 "/usr/bin/env",
             ]
-            assert [p for p in ("/brand-new", "/etc/new-directory", "/usr/share/x", "/tmp/x") if Path(p).exists()] == []
+            made = ("/brand-new", "/etc/new-directory", "/usr/share/of-test-mounts", "/tmp/of-test-mounts")
+            assert [p for p in made if Path(p).exists()] == []
 
     host.play(scene)
 
