@@ -23,6 +23,8 @@ from mantle.gen.io.linkerd.proxy import destination_pb2, inbound_pb2, outbound_p
 from mantle.platform.port import TokenClaims, TokenRejected
 
 MESH = Mesh(MeshNames("mantle", "cluster.local"))
+PATIENCE = 60.0
+"""Seconds to wait for what comes in milliseconds on a quiet machine."""
 IDENTITY = "{}.{}.serviceaccount.identity.mantle.cluster.local"
 
 
@@ -146,9 +148,9 @@ class Stream:
 
     async def begun(self) -> None:
         """Waits until the server has begun to answer; reads nothing."""
-        await asyncio.wait_for(self._call.initial_metadata(), 5.0)
+        await asyncio.wait_for(self._call.initial_metadata(), PATIENCE)
 
-    async def next(self, seconds: float = 5.0) -> Any:
+    async def next(self, seconds: float = PATIENCE) -> Any:
         """The next message, which must come in that time."""
         pending = self._pending or asyncio.ensure_future(self._call.read())
         self._pending = None
@@ -163,10 +165,10 @@ class Stream:
         return not done
 
     async def code(self) -> grpc.StatusCode:
-        return await asyncio.wait_for(self._call.code(), 5.0)
+        return await asyncio.wait_for(self._call.code(), PATIENCE)
 
     async def details(self) -> str:
-        return str(await asyncio.wait_for(self._call.details(), 5.0))
+        return str(await asyncio.wait_for(self._call.details(), PATIENCE))
 
     def cancel(self) -> None:
         self._call.cancel()
@@ -189,7 +191,7 @@ class Discovery:
             f"/{path}", request_serializer=sent.SerializeToString, response_deserializer=received.FromString
         )
         metadata = (("l5d-client-id", IDENTITY.format(*client.split("."))),) if client else ()
-        return Stream(call(request, metadata=metadata, timeout=30))
+        return Stream(call(request, metadata=metadata, timeout=10 * PATIENCE))
 
     async def ask(self, method: str, request: Any, client: str = "web.emojivoto") -> Any:
         """The answer of a method that answers once, or the status that it refused with."""
@@ -199,7 +201,7 @@ class Discovery:
         )
         metadata = (("l5d-client-id", IDENTITY.format(*client.split("."))),) if client else ()
         try:
-            return await call(request, metadata=metadata, timeout=5)
+            return await call(request, metadata=metadata, timeout=PATIENCE)
         except grpc.aio.AioRpcError as error:
             return error.code()
 

@@ -33,7 +33,7 @@ def udp(ip, port=8080):
         try: return u.recv(100).decode()
         except OSError as e: return type(e).__name__ + " " + str(e.errno)
 """
-PATIENCE = 50.0
+PATIENCE = 120.0
 """Seconds after which a test gives up on what should come at once: the machine may be busy with other tests."""
 IDLE = "import signal; print('ready'); signal.sigwait([signal.SIGTERM])"
 

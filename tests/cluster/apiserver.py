@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 TOOL = Path(__file__).resolve().parent.parent / "e2e" / "cluster"
 
@@ -65,23 +66,25 @@ class ApiServer:
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
         os.kill(pid, signal.SIGKILL)
         if self.restarted:
-            self.restarted[-1].wait(10)
+            self.restarted[-1].wait(60)
         try:
             yield
-        finally:
-            with (self.state / "log" / "kube-apiserver.log").open("ab") as log:
-                path = f"{self.bins}:{os.environ.get('PATH', '')}"
-                environment = _environment() | {"PATH": path}
-                command = [str(self.bins / "kube-apiserver").encode(), *argv[1:]]
-                self.restarted.append(
-                    subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.state, env=environment
-                    )
-                )
+        except BaseException:
+            self._start_again(argv[1:])
+            self.wait_ready()  # a test that fails takes none of those after it along
+            raise
+        self._start_again(argv[1:])
+
+    def _start_again(self, arguments: list[bytes]) -> None:
+        with (self.state / "log" / "kube-apiserver.log").open("ab") as log:
+            environment = _environment() | {"PATH": f"{self.bins}:{os.environ.get('PATH', '')}"}
+            options: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": self.state}
+            command = [str(self.bins / "kube-apiserver").encode(), *arguments]
+            self.restarted.append(subprocess.Popen(command, env=environment, **options))
 
     def wait_ready(self) -> None:
         """Returns when the API server says it is ready."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         command = [str(self.bins / "kubectl"), f"--kubeconfig={self.kubeconfig}", "get", "--raw", "/readyz"]
         while subprocess.run(command, capture_output=True, timeout=60, env=_environment(), check=False).returncode:
             assert time.monotonic() < deadline, f"the API server is not ready; logs are in {self.state / 'log'}"
@@ -111,9 +114,9 @@ def running() -> Iterator[ApiServer]:
         finally:
             for process in server.restarted:
                 process.kill()
-                process.wait(10)
+                process.wait(60)
     finally:
-        _tool(environment, "down", seconds=60)
+        _tool(environment, "down", seconds=180)
         shutil.rmtree(state, ignore_errors=True)
 
 
@@ -127,7 +130,7 @@ def _tool(environment: dict[str, str], *args: str, seconds: float) -> None:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
-            process.wait(10)
+            process.wait(60)
             code = -1
         output.seek(0)
         assert code == 0, f"cluster {' '.join(args)} ended with {code}:\n{output.read().decode(errors='replace')}"

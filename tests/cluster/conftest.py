@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from mantle.platform.kubernetes import tokens
+
 from .apiserver import TOOL, ApiServer, running
 
 
@@ -22,6 +24,12 @@ def api_server() -> Iterator[ApiServer]:
     """The API server; ends with the file, also when tests failed."""
     with running() as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine's API server may take longer over a token than identity waits for it: here it is waited for."""
+    monkeypatch.setattr(tokens, "REVIEW_TIMEOUT", 30.0)
 
 
 def pytest_configure() -> None:
@@ -53,5 +61,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(600))  # what is waited for has bounds of its own

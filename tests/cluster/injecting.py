@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from free_ports import free_port
+
 from mantle.manifests.config import InstallValues
 from mantle.manifests.render import TrustMaterial, install_objects
 
@@ -24,13 +25,7 @@ NAMESPACE = "mantle"
 ROOTS = "-----BEGIN CERTIFICATE-----\nroots\n-----END CERTIFICATE-----\n"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def eventually(wanted: Callable[[], Any], seconds: float = 60) -> Any:
+def eventually(wanted: Callable[[], Any], seconds: float = 120) -> Any:
     """The first true answer; fails the test if there is none in time."""
     deadline = time.monotonic() + seconds
     while not (found := wanted()):
@@ -47,7 +42,7 @@ class Replica:
 
     def get(self, path: str) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.admin}{path}", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.admin}{path}", timeout=30) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -109,7 +104,7 @@ class Mesh:
             replica.process.wait(60)
         finally:
             replica.process.kill()
-            replica.process.wait(5)
+            replica.process.wait(60)
 
     def in_effect(self, namespace: str) -> None:
         """Waits until the API server asks the injector about pods of this namespace."""

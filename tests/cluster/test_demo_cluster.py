@@ -56,7 +56,7 @@ def test_the_demo_makes_emojivoto_in_the_mesh_and_takes_it_away(
     ended = views.mantle("demo --for 1s")
     assert "namespace emojivoto exists already" in ended.stderr
     demo.send_signal(signal.SIGINT)
-    _, errors = demo.communicate(timeout=120)
+    _, errors = demo.communicate(timeout=400)
     assert demo.returncode == 1  # no traffic was seen
     assert "creating namespace emojivoto on cluster " in errors
     assert "error: no traffic was seen from vote-bot to web" in errors

@@ -24,7 +24,7 @@ from mantle.platform.kubernetes.reflector import Reflector
 from .apiserver import ApiServer
 from .injecting import NAMESPACE, ROOTS, Mesh, deployment, eventually
 
-SECONDS = 60
+SECONDS = 180
 WISH = {"mantle.dev/inject": "enabled", "config.mantle.dev/tls": "optional"}
 
 
@@ -65,6 +65,7 @@ async def distributed(api_server: ApiServer, pods: int) -> None:
         distributor = program.Distributor(api, authorities, reflector.objects, metrics, now, os.urandom)
         async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as tasks:
             running = tasks.create_task(reflector.run())
+            await reflector.synced.wait()
             while len(reflector.objects) < pods:
                 await changed.wait()
                 changed.clear()

@@ -16,9 +16,9 @@ from mantle.core.model import Key, Owner, Snapshot
 from mantle.core.names import MeshNames
 from mantle.core.reasons import NoIdentity, TokenReason
 from mantle.core.world import Mesh, World
+from mantle.platform.kubernetes import tokens
 from mantle.platform.kubernetes.client import from_kubeconfig
 from mantle.platform.kubernetes.reflector import Timing
-from mantle.platform.kubernetes.tokens import REVIEW_TIMEOUT
 from mantle.platform.kubernetes.world import DISCOVERY, IDENTITY, Kind, KubernetesPlatform, running
 from mantle.platform.port import TokenClaims, TokenRejected
 
@@ -28,6 +28,8 @@ from .wire import wire
 
 AUDIENCE = "identity.mantle.dev"
 QUICK = Timing(server=(2.0, 2.0), margin=30.0)
+PATIENCE = 120.0
+"""Seconds to wait for what comes in milliseconds on a quiet machine."""
 
 
 class Follower:
@@ -42,9 +44,17 @@ class Follower:
             self.seen += 1
 
     async def until(self, true: Callable[[Snapshot], Any]) -> Snapshot:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while not true(self.now):
                 await asyncio.sleep(0.02)
+        return self.now
+
+    async def quiet(self) -> Snapshot:
+        """The newest snapshot, when there has been no newer one for a while: controllers write after us."""
+        seen = -1
+        while seen != self.seen:
+            seen = self.seen
+            await asyncio.sleep(2)
         return self.now
 
 
@@ -111,7 +121,7 @@ def run_pod(server: ApiServer, namespace: str, name: str, ip: str, started: bool
 
 
 def a_node(server: ApiServer) -> None:
-    """Slices of pods without a node stay empty, and such pods are collected after 40 seconds."""
+    """Slices of pods without a node stay empty, and such pods are taken for garbage after a while."""
     server.kubectl("apply", "-f", "-", input='{"apiVersion":"v1","kind":"Node","metadata":{"name":"node"}}')
 
 
@@ -214,16 +224,18 @@ async def test_an_outage_moves_nothing(api_server: ApiServer) -> None:
         namespace = await asyncio.to_thread(api_server.new_namespace, "outage")
         await asyncio.to_thread(apply, api_server, namespace, a_pod("web"))
         key = Key(namespace, "web")
-        before = await follower.until(lambda s: key in s.pods)
-        seen = follower.seen
+        await follower.until(lambda s: key in s.pods)
+        before = await follower.quiet()
         with api_server.without_api():
             await follower.until(lambda _: all(r.trouble for r in made.reflectors.values()))
             assert follower.now is before
         await asyncio.to_thread(api_server.wait_ready)
         await follower.until(lambda _: not any(r.trouble for r in made.reflectors.values()))
-        moved = {k for k, p in follower.now.pods.items() if before.pods.get(k) is not p}
-        assert not moved, "the new lists replaced nothing that is the same"
-        assert follower.seen - seen <= 2, "at most the controllers' own writes after the restart"
+        now = follower.now
+        for kind in ("pods", "services", "slices"):
+            known: dict[Key, object] = getattr(before, kind) or {}
+            moved = [key for key, value in (getattr(now, kind) or {}).items() if known.get(key) is not value]
+            assert not moved, "the new lists replaced nothing that is the same"
 
 
 async def test_a_subscriber_hears_nothing_of_an_outage_and_of_a_change_at_once(api_server: ApiServer) -> None:
@@ -253,7 +265,7 @@ async def test_a_subscriber_hears_nothing_of_an_outage_and_of_a_change_at_once(a
                 said.append([e.tls for e in state.value.by_address.values()])
 
     identity = f"default.{namespace}.serviceaccount.identity.mantle.cluster.local"
-    async with platform(api_server, DISCOVERY) as (made, follower), asyncio.timeout(240):
+    async with platform(api_server, DISCOVERY) as (made, follower), asyncio.timeout(300):
         following = asyncio.ensure_future(topics.follow(made.watch()))
         await follower.until(lambda s: topics.known.is_set() and Key(namespace, "web") in s.services)
         reading = asyncio.ensure_future(read())
@@ -295,13 +307,6 @@ async def token_play(server: ApiServer) -> AsyncIterator[tuple[KubernetesPlatfor
 BOUND = ("--bound-object-kind=Pod", "--bound-object-name=web")
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An API server that a busy machine keeps waiting answers all the same: what is tried is its answer."""
-    monkeypatch.setattr("mantle.platform.kubernetes.tokens.REVIEW_TIMEOUT", 60.0)
-
-
-@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("way", ["api", "keys"])
 async def test_a_pods_token_is_accepted(api_server: ApiServer, way: str) -> None:
     async with token_play(api_server) as (made, namespace, token):
@@ -313,7 +318,6 @@ async def test_a_pods_token_is_accepted(api_server: ApiServer, way: str) -> None
         assert made.tokens.reviews == {(way, "accepted"): 1}
 
 
-@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("way", ["api", "keys"])
 async def test_a_token_for_somebody_else_says_found_wanted_and_fix(api_server: ApiServer, way: str) -> None:
     async with token_play(api_server) as (made, _, token):
@@ -325,7 +329,6 @@ async def test_a_token_for_somebody_else_says_found_wanted_and_fix(api_server: A
         assert "projected token" in refused.detail
 
 
-@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("way", ["api", "keys"])
 async def test_a_token_that_no_pod_holds_is_refused(api_server: ApiServer, way: str) -> None:
     async with token_play(api_server) as (made, _, token):
@@ -334,7 +337,6 @@ async def test_a_token_that_no_pod_holds_is_refused(api_server: ApiServer, way: 
         assert refused.reason == TokenReason.NOT_BOUND
 
 
-@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("way", ["api", "keys"])
 async def test_a_forged_token_is_refused(api_server: ApiServer, way: str) -> None:
     async with token_play(api_server) as (made, _, token):
@@ -345,7 +347,6 @@ async def test_a_forged_token_is_refused(api_server: ApiServer, way: str) -> Non
         assert refused.reason in (TokenReason.BAD_SIGNATURE, TokenReason.NOT_AUTHENTICATED)
 
 
-@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("way", ["api", "keys"])
 async def test_the_token_of_a_pod_that_is_gone_is_refused(api_server: ApiServer, way: str) -> None:
     async with token_play(api_server) as (made, namespace, token):
@@ -362,8 +363,14 @@ async def test_the_token_of_a_pod_that_is_gone_is_refused(api_server: ApiServer,
         assert refused.reason in (TokenReason.POD_GONE, TokenReason.NOT_AUTHENTICATED)
 
 
-async def test_a_silent_api_server_does_not_hold_up_certificates(api_server: ApiServer, tmp_path: Path) -> None:
+async def test_a_silent_api_server_does_not_hold_up_certificates(
+    api_server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests arrive nowhere and nobody says so. The keys answer, and the next ones do not wait for the server."""
+    wait = 4.0  # on a busy machine the keys' own answer may take longer than what identity waits for the server
+    monkeypatch.setattr(tokens, "REVIEW_TIMEOUT", wait)
+    monkeypatch.setattr(tokens, "SPARED", 300.0)
+    await asyncio.to_thread(a_node, api_server)
     namespace = await asyncio.to_thread(api_server.new_namespace, "silent")
     await asyncio.to_thread(apply, api_server, namespace, a_pod("web"))
     await asyncio.to_thread(run_pod, api_server, namespace, "web", "10.9.0.9")
@@ -388,8 +395,8 @@ async def test_a_silent_api_server_does_not_hold_up_certificates(api_server: Api
             assert isinstance(await made.review_token(token, [AUDIENCE]), TokenClaims)
             took.append(clock() - began)
         assert made.tokens.reviews == {("keys", "accepted"): 3}
-        assert REVIEW_TIMEOUT <= took[0] < REVIEW_TIMEOUT + 20
-        assert max(took[1:]) < REVIEW_TIMEOUT, "the server was not asked again"
+        assert wait <= took[0] < 2 * wait
+        assert max(took[1:]) < wait
 
 
 async def review(server: ApiServer, made: KubernetesPlatform, token: bytes, way: str) -> TokenClaims | TokenRejected:

@@ -309,7 +309,7 @@ def test_the_sixty_fifth_at_once_is_refused_and_the_others_are_served(tmp_path: 
             server.platform.before_review = hold
             async with asyncio.TaskGroup() as tasks:
                 held = [tasks.create_task(server.ask()) for _ in range(identity.MAX_IN_FLIGHT)]
-                await asyncio.wait_for(full.wait(), 5)
+                await asyncio.wait_for(full.wait(), 60)
                 code, reason, _ = await refused(server)
                 assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "busy")
                 gate.set()

@@ -25,7 +25,7 @@ import pytest
 from page_blocks import PAGES, ROOT, RUNNERS
 
 BLOCK = re.compile(r"(?ms)^```(yaml|console)([^\n]*)\n(.*?)^```$")
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 
 
 def environment(home: Path, mesh: str) -> dict[str, str]:
@@ -52,7 +52,7 @@ def mesh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             subprocess.run([mantle, "down"], env=env, timeout=TIMEOUT_SECONDS, capture_output=True, check=True)
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_do_what_the_page_says(page: Path, mesh: str, tmp_path: Path):
     for language, argument, body in BLOCK.findall(page.read_text()):

@@ -25,6 +25,7 @@ Left to `down` are the namespace's name, its veth pair, the cgroups under /mantl
 import argparse
 import contextlib
 import fcntl
+import http.client
 import json
 import os
 import pathlib
@@ -97,11 +98,11 @@ def wait(what, probe, seconds):
 def api_ready(plan):
     context = ssl.create_default_context(cafile=PKI / "ca.crt")
     context.load_cert_chain(PKI / "admin.crt", PKI / "admin.key")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, http.client.HTTPException):
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         )
-        return opener.open(plan["server"] + "/readyz", timeout=2).status == 200
+        return opener.open(plan["server"] + "/readyz", timeout=10).status == 200
     return False
 
 
@@ -256,19 +257,19 @@ def up(args):
     def took():
         return f"{time.monotonic() - begin:.1f} s after the start"
 
-    wait("the API server", lambda: supervised(lambda: api_ready(plan)), 120)
+    wait("the API server", lambda: supervised(lambda: api_ready(plan)), 300)
     say(f"API ready, {took()}")
     wait(
         "the default service account",
         lambda: kubectl("get", "-n", "default", "sa", "default", "-o", "name", check=False).startswith(
             "serviceaccount/"
         ),
-        60,
+        300,
     )
     if not args.api_only:
         kubectl("apply", "-f", "-", input=(HERE / "coredns.yaml").read_text().replace("@BIN@", str(bins)))
         ready = '{.status.conditions[?(@.type=="Ready")].status}'
-        wait("the node", lambda: kubectl("get", "node", "node", "-o", f"jsonpath={ready}", check=False) == "True", 120)
+        wait("the node", lambda: kubectl("get", "node", "node", "-o", f"jsonpath={ready}", check=False) == "True", 300)
         say(f"node Ready, {took()}")
         wait(
             "CoreDNS",
@@ -285,7 +286,7 @@ def up(args):
                 )
                 == "1"
             ),
-            120,
+            300,
         )
     (STATE / "ready").touch()
     say(f'up, {took()}; now: eval "$({pathlib.Path(__file__).name} env)"')
@@ -318,7 +319,7 @@ def down(args, quiet=False):
     api_only = json.loads(plan.read_text())["api_only"] if plan.exists() else getattr(args, "api_only", False)
     if pid := alive():
         os.killpg(pid, signal.SIGKILL)  # PID 1 of the node dies with it, and so every process in the node
-        for _ in range(200):
+        for _ in range(600):
             if zombie(pid):
                 break
             time.sleep(0.1)
@@ -330,7 +331,7 @@ def down(args, quiet=False):
         run("ip", "link", "delete", LINK, check=False)
         for top in cgroup_dirs():
             for d in [*sorted(top.rglob("*/"), key=lambda d: -len(d.parts)), top] if top.exists() else []:
-                for _ in range(50):  # processes that just died still hold their cgroup for a moment
+                for _ in range(300):  # processes that just died still hold their cgroup for a moment
                     with contextlib.suppress(FileNotFoundError, OSError):
                         d.rmdir()
                     if not d.exists():
@@ -338,7 +339,7 @@ def down(args, quiet=False):
                     time.sleep(0.1)
                 else:
                     die(f"cannot remove cgroup {d}; processes in it: {(d / 'cgroup.procs').read_text().split()}")
-    for _ in range(50):
+    for _ in range(300):
         shutil.rmtree(STATE, ignore_errors=True)
         if not STATE.exists():
             break

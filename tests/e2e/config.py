@@ -2,9 +2,12 @@
 
 import base64
 import json
-import socket
+import pathlib
+import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from common import API_VIP, CGROUP, CONF, CRI, DNS_IP, LOG, NODE_IP, PKI, POD_CIDR, STATE, SVC_CIDR, run
+from free_ports import free_port
 
 
 def cert(name, subject, ca=None, sans=""):
@@ -73,10 +76,7 @@ def write_config(api_only, nftables, bins):
     STATE.chmod(0o711)
     PKI.chmod(0o700)
     ip = "127.0.0.1" if api_only else NODE_IP
-    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)] if api_only else []
-    ports = [s.getsockname()[1] for s in socks] or [6443, 2379, 2380]
-    for s in socks:
-        s.close()
+    ports = [free_port() for _ in range(3)] if api_only else [6443, 2379, 2380]
     plan = {
         "api_only": api_only,
         "ip": ip,

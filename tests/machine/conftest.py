@@ -131,7 +131,7 @@ class Host:
     def play(
         self,
         scene: Callable[[], Awaitable[None]],
-        seconds: float = 60.0,
+        seconds: float = 180.0,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
         """Runs the scene; fails with what it raised. `prepare` changes the new host before, as root."""

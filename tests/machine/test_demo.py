@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.root, pytest.mark.mesh, pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.root, pytest.mark.mesh, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 EDGES = {
@@ -34,7 +37,7 @@ REQUESTS = {
 async def demo(program: list[str], *arguments: str) -> str:
     """Runs the demo for some seconds, with the page asked for once while it runs; its standard output."""
     process = await asyncio.create_subprocess_exec(
-        *program, "demo", "--for", "6s", *arguments,
+        *program, "demo", "--for", "12s", *arguments,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdout and process.stderr
@@ -81,12 +84,24 @@ def like_the_readme(said: str) -> None:
 
 
 def nothing_left() -> None:
-    running = [
-        p.joinpath("cmdline") for p in Path("/proc").iterdir() if p.name.isdigit() and int(p.name) != os.getpid()
-    ]
-    assert not [line for path in running if b"mantle" in (line := path.read_bytes())]
+    """One that was ended needs a moment to go, and the kernel one to take its links away."""
+    until = time.monotonic() + 60
+    while left := [*mantle_processes(), *mantle_links()]:
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
+
+
+def mantle_processes() -> Iterator[str]:
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it has just ended
+                if b"mantle" in (line := (process / "cmdline").read_bytes()):
+                    yield line.replace(b"\0", b" ").decode()
+
+
+def mantle_links() -> Iterator[str]:
     links = [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines() if ":" in line]
-    assert [name for name in links if name.startswith("mantle")] == []
+    return (name for name in links if name.startswith("mantle"))
 
 
 def test_the_demo_proves_encryption_and_leaves_nothing(host: Any, mantle_proxy: Path) -> None:
@@ -96,7 +111,7 @@ def test_the_demo_proves_encryption_and_leaves_nothing(host: Any, mantle_proxy: 
         like_the_readme(said)
         nothing_left()
 
-    host.play(scene, seconds=180, prepare=lambda: os.environ.update(MANTLE_PROXY_PATH=str(mantle_proxy)))
+    host.play(scene, seconds=400, prepare=lambda: os.environ.update(MANTLE_PROXY_PATH=str(mantle_proxy)))
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +120,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("installed")
     profile = (ROOT / ".venv" / ".mantle-profile").read_text().strip()
     subprocess.run(
-        [ROOT / "scripts/wheels.sh", profile, place / "wheels"], check=True, capture_output=True, timeout=600
+        [ROOT / "scripts/wheels.sh", profile, place / "wheels"], check=True, capture_output=True, timeout=1500
     )
-    subprocess.run([sys.executable, "-m", "venv", place / "env"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", place / "env"], check=True, timeout=300)
     wheels = [str(path) for path in (place / "wheels").glob("*.whl")]
     pip = [place / "env/bin/python", "-m", "pip", "install", "--quiet", *wheels]
-    subprocess.run(pip, check=True, timeout=300, cwd=place)
+    subprocess.run(pip, check=True, timeout=600, cwd=place)
     return place / "env/bin"
 
 
@@ -122,4 +137,4 @@ def test_the_demo_from_wheels_needs_neither_rust_nor_the_checkout(host: Any, ins
         check(await demo([str(installed / "mantle")]))
         nothing_left()
 
-    host.play(scene, seconds=180)
+    host.play(scene, seconds=400)

@@ -24,14 +24,14 @@ async def ask_udp(port: int, data: bytes) -> bytes:
         sock.setblocking(False)
         await loop.sock_connect(sock, ("127.0.0.1", port))
         await loop.sock_sendall(sock, data)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await loop.sock_recv(sock, 65535)
 
 
 async def ask_tcp(port: int, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(struct.pack(">H", len(data)) + data)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         (length,) = struct.unpack(">H", await reader.readexactly(2))
         reply = await reader.readexactly(length)
     writer.close()

@@ -19,7 +19,7 @@ import pytest
 from mantle.platform.machine.places import state_root
 
 # ruff: noqa: ASYNC110
-pytestmark = [pytest.mark.root, pytest.mark.mesh, pytest.mark.slow, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.root, pytest.mark.mesh, pytest.mark.slow, pytest.mark.timeout(500)]
 
 APP = f"""\
 apiVersion: v1
@@ -55,7 +55,7 @@ spec:
           import time, urllib.request
           while True:
               try:
-                  print("status", urllib.request.urlopen("http://web", timeout=20).status, flush=True)
+                  print("status", urllib.request.urlopen("http://web", timeout=60).status, flush=True)
               except OSError as error:
                   print("failed", error, flush=True)
               time.sleep(0.1)
@@ -74,7 +74,7 @@ async def application() -> AsyncIterator[Path]:
     objects, _, images = APP.rpartition("---\n")
     (home / "app.yml").write_text(objects)
     (home / "mantle.images.yml").write_text(images)
-    await mantle("up", "-d", str(home / "app.yml"))
+    await mantle("up", "-d", "--timeout", "300", str(home / "app.yml"))
     await answers(after=0)
     yield state_root() / "m"
     await mantle("down")
@@ -157,7 +157,7 @@ def test_keys_and_tokens_are_in_private_files_on_tmpfs_and_in_no_log_argv_or_env
             for where, text in shown:
                 assert not [secret for secret in everything if secret in text], f"the {where} holds a secret"
 
-    root_host.play(scene, seconds=120, prepare=lambda: os.environ.update(MANTLE_PROXY_PATH=str(mantle_proxy)))
+    root_host.play(scene, seconds=400, prepare=lambda: os.environ.update(MANTLE_PROXY_PATH=str(mantle_proxy)))
 
 
 def pid_of(argument: str, *, environment: str = "") -> int:
@@ -204,4 +204,4 @@ def test_a_killed_control_plane_costs_no_request_and_a_killed_proxy_no_plaintext
             secured = [edge for edge in edges if edge["src"] == "client" and edge["dst"] == "web"]
             assert secured and all(set(edge["counts"]) == {"secured"} for edge in secured), edges
 
-    root_host.play(scene, seconds=120, prepare=lambda: os.environ.update(MANTLE_PROXY_PATH=str(mantle_proxy)))
+    root_host.play(scene, seconds=400, prepare=lambda: os.environ.update(MANTLE_PROXY_PATH=str(mantle_proxy)))

@@ -41,7 +41,7 @@ def test_exec_and_probes(host: Any, idle: ContainerSpec) -> None:
             assert await pod.probe("app", ["nope"], PATIENCE) == client.ProbeResult(
                 127, "mantle: cannot execute nope: no such program on the container's PATH"
             )
-            hung = await pod.probe("app", ["/bin/sh", "-c", "echo begun; sleep 1000 & sleep 1000"], 3)
+            hung = await pod.probe("app", ["/bin/sh", "-c", "echo begun; sleep 1000 & sleep 1000"], 10)
             assert hung == client.ProbeResult(None, "begun")
             # The command's children, too, are gone.
             while (

@@ -13,7 +13,7 @@ def preflight(path: str, **environment: str) -> subprocess.CompletedProcess[str]
     script = "source scripts/preflight.sh; preflight && echo $PYTHON"
     command = ["/bin/bash", "-c", script]
     return subprocess.run(
-        command, cwd=ROOT, env={"PATH": path, **environment}, capture_output=True, text=True, timeout=30
+        command, cwd=ROOT, env={"PATH": path, **environment}, capture_output=True, text=True, timeout=120
     )
 
 

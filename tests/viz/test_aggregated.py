@@ -69,7 +69,7 @@ class Stage:
                 site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=self.tls.context)
                 await site.start()
                 self.port = runner.addresses[0][1]
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(120):
                     await scene()
             finally:
                 await runner.cleanup()

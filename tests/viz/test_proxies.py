@@ -34,6 +34,12 @@ IP = f"127.{os.getpid() >> 16 & 255}.{os.getpid() >> 8 & 255}.{os.getpid() & 255
 """An address of this process's own, so that parallel runs do not meet."""
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine an answer may take longer than viz waits for one pod of many."""
+    monkeypatch.setattr(module, "TIMEOUT_SECONDS", 60.0)
+
+
 def pod(ip: str = IP, account: str = "web") -> Pod:
     return Pod(Key("emojivoto", "web-1"), f"uid-{ip}-{account}", ip, account, Owner("Deployment", "web"))
 

@@ -22,7 +22,7 @@ from mantle.cli.output import Failure, Problem
 from mantle.cli.target import Machine, Views, machine
 
 MESH = "demo"
-UP_TIMEOUT = 90.0
+UP_TIMEOUT = 180.0
 WEB_PORT = 8080
 
 

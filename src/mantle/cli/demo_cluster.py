@@ -15,7 +15,7 @@ from mantle.cli.target import Cluster, Views, cluster
 from mantle.core import views
 from mantle.core.annotations import INJECT
 
-UP_SECONDS, GONE_SECONDS, ASK_AGAIN = 180.0, 90.0, 0.5
+UP_SECONDS, GONE_SECONDS, ASK_AGAIN = 300.0, 180.0, 0.5
 COLLECTIONS: Mapping[str, str] = {
     "Namespace": "/api/v1/namespaces",
     "ServiceAccount": "/api/v1/namespaces/{}/serviceaccounts",

@@ -23,7 +23,7 @@ from mantle.cli.target import Views
 NAMESPACE = "emojivoto"
 EXPECTED = (("vote-bot", "web"), ("web", "emoji"), ("web", "voting"))
 """Who talks to whom in emojivoto."""
-TRAFFIC_TIMEOUT, ASK_AGAIN = 45.0, 0.25
+TRAFFIC_TIMEOUT, ASK_AGAIN = 90.0, 0.25
 
 Say = Callable[[str], None]
 

@@ -31,7 +31,7 @@ from mantle.platform.machine.spec import (
 )
 
 
-def start_node(config: NodeConfig, log: BinaryIO, timeout: float = 20.0) -> int:
+def start_node(config: NodeConfig, log: BinaryIO, timeout: float = 60.0) -> int:
     """Starts a node that outlives this process. Returns the guard's pid; `node.sock` answers then.
 
     What the node itself has to say later goes to `log` (a real file). Raises `wire.Refused` with the fix.
