@@ -323,7 +323,9 @@ def installed(tls: str) -> list[dict]:
 def test_the_ca_and_its_rights_are_there_only_when_asked_for() -> None:
     assert not [o for o in installed("required") if o["metadata"]["name"] == "mantle-ca"]
     kinds = sorted(o["kind"] for o in installed("optional") if o["metadata"]["name"] == "mantle-ca")
-    assert kinds == ["ClusterRole", "ClusterRoleBinding", "Deployment", "Role", "RoleBinding", "ServiceAccount"]
+    narrowed = ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"]
+    rights = ["ClusterRole", "ClusterRoleBinding", "Deployment", "Role", "RoleBinding", "ServiceAccount"]
+    assert kinds == rights + narrowed
 
 
 def test_the_ca_is_one_pod_that_reads_no_secret_but_its_own() -> None:
