@@ -26,6 +26,9 @@ def mesh(api_server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield mesh
 
 
+OPAQUE = "config.mantle.dev/opaque-ports"
+
+
 def names(obj: dict, key: str = "containers") -> list[str]:
     return [container["name"] for container in obj["spec"].get(key, [])]
 
@@ -279,3 +282,45 @@ def test_manual_without_a_mesh_says_what_is_missing_and_what_to_do(mesh):
     assert done.returncode == 1 and done.stdout == ""
     assert "no ConfigMap mantle-config and no ConfigMap mantle-identity-trust-roots in namespace default" in done.stderr
     assert "mantle install | kubectl apply -f -" in done.stderr and "--trust-anchors" in done.stderr
+
+
+def answered(mesh: Mesh, namespace: str, service: dict) -> dict:
+    """The service as it was made with the injector's answer: where that takes too long, a service does not wait."""
+    tries = iter(range(100))
+
+    def made() -> dict | None:
+        found = mesh.create(namespace, {**service, "metadata": {"name": f"db-{next(tries)}"}})
+        return found if "annotations" in found["metadata"] else None
+
+    return dict(eventually(made))
+
+
+def test_a_service_shows_the_opaque_ports_of_its_namespace_and_keeps_its_own(mesh):
+    ports = {"ports": [{"name": "db", "port": 3306}]}
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "db"}, "spec": ports}
+    own = {**service, "metadata": {"name": "own", "annotations": {OPAQUE: "1"}}}
+    namespace = mesh.namespace(annotations={OPAQUE: "3306"}, labels={"mantle.dev/injector-failure": "closed"})
+    made = answered(mesh, namespace, service)
+    assert made["metadata"]["annotations"] == {OPAQUE: "3306", "mantle.dev/inherited-opaque-ports": "3306"}
+    assert mesh.create(namespace, own)["metadata"]["annotations"] == {OPAQUE: "1"}
+    event = eventually(lambda: mesh.events(namespace, "Service", "Injected"))[-1]
+    assert event["involvedObject"]["uid"] == made["metadata"]["uid"]
+    assert "3306, as its namespace says" in event["message"]
+
+    wrong = mesh.namespace(annotations={OPAQUE: "80-"})
+    assert "mantle.dev/injection-skipped" in answered(mesh, wrong, service)["metadata"]["annotations"]
+    event = eventually(lambda: mesh.events(wrong, "Service", "InjectionSkipped"))[0]
+    assert event["type"] == "Warning" and "'80-' is not accepted" in event["message"]
+
+
+def test_no_service_waits_for_an_injector_that_is_down(mesh):
+    namespace = mesh.namespace(annotations={OPAQUE: "3306"}, labels={"mantle.dev/injector-failure": "closed"})
+    for replica in list(mesh.replicas):
+        mesh.stop(replica)
+    try:
+        spec = {"ports": [{"port": 3306}]}
+        service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "db"}, "spec": spec}
+        assert "annotations" not in mesh.create(namespace, service)["metadata"]
+    finally:
+        mesh.start()
+        mesh.in_effect(mesh.namespace())

@@ -198,7 +198,7 @@ def test_what_the_injector_writes_into_its_webhooks_survives_an_upgrade(changed:
     assert changed.kubectl("diff", "-f", "-", input=upgrade) == ""
     changed.kubectl(*FULL_PRUNE, input=upgrade)
     found = json.loads(changed.kubectl("get", "mutatingwebhookconfiguration", "mantle-injector", "-o", "json"))
-    assert [hook["clientConfig"]["caBundle"] for hook in found["webhooks"]] == [bundle, bundle]
+    assert [hook["clientConfig"]["caBundle"] for hook in found["webhooks"]] == [bundle] * 3
 
 
 # ---- upgrade and prune ----

@@ -55,6 +55,10 @@ class FakeApi:
         await self._answer(f"pods {dict(labels)}")
         return self.existing
 
+    async def service(self, namespace: str, name: str) -> list[dict[str, Any]]:
+        await self._answer(f"service {name}")
+        return [one for one in self.existing if one["metadata"]["name"] == name]
+
     async def create_event(
         self, name: str, regarding: dict[str, Any], reason: str, message: str, kind: str, at: str, reporter: str
     ) -> None:
@@ -365,5 +369,33 @@ def test_a_flood_of_reviews_costs_a_bounded_memory():
             if "owner_kind" in sample.labels
         }
         assert kinds == {"other"}
+
+    asyncio.run(scene())
+
+
+# ---- services ----
+
+
+def test_a_service_gets_its_namespaces_opaque_ports_without_the_meshs_settings_and_an_event_when_it_is_there():
+    async def scene() -> None:
+        play = Play()
+        play.api.annotations = {"config.mantle.dev/opaque-ports": "3306"}
+        service = {"kind": "Service", "metadata": {"name": "db"}, "spec": {"ports": [{"port": 3306}]}}
+        request = {"uid": "1", "operation": "CREATE", "namespace": "shop", "object": service}
+        asked = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request}
+        decision = await play.injector.admit(asked)
+        assert "inherited-opaque-ports" in injected(decision)
+        await play.events.wave()
+        assert about(play) == {}, "it is not there yet"
+        play.api.existing = [existing("db", "7", mark="mantle.dev/inherited-opaque-ports")]
+        await play.events.wave()
+        (event,) = play.api.events.values()
+        assert (event["about"]["kind"], event["about"]["uid"], event["reason"]) == ("Service", "7", "Injected")
+        assert "config.mantle.dev/opaque-ports: 3306, as its namespace says" in event["message"]
+        counted = {"owner_kind": "service", "namespace": "shop", "annotation_at": "namespace"}
+        assert play.registry.get_sample_value("proxy_inject_admission_requests_total", counted) == 1
+        calls = len(play.api.asked)
+        await play.events.wave()
+        assert len(play.api.asked) == calls, "nobody is waited for any more"
 
     asyncio.run(scene())

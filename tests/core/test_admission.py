@@ -6,7 +6,17 @@ import json
 
 import pytest
 
-from mantle.core.admission import Decision, NotAReview, Outcome, Owner, decide, json_patch, pod_of
+from mantle.core.admission import (
+    Decision,
+    NotAReview,
+    Outcome,
+    Owner,
+    bears_out,
+    decide,
+    decide_service,
+    json_patch,
+    pod_of,
+)
 from mantle.core.inject import inject_pod
 from mantle.core.pod_facts import Skip
 from mantle.core.proxy_env import Values
@@ -269,3 +279,74 @@ def test_a_patch_escapes_names_and_replaces_only_what_differs():
         {"op": "add", "path": "/a/new", "value": {}},
     ]
     assert json_patch(after, after) == []
+
+
+# ---- services ----
+
+OPAQUE = "config.mantle.dev/opaque-ports"
+INHERITED = "mantle.dev/inherited-opaque-ports"
+
+
+def a_service(annotations: dict | None = None) -> dict:
+    meta = {"name": "db", **({} if annotations is None else {"annotations": annotations})}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": {"ports": [{"port": 3306}]}}
+
+
+def test_a_service_without_opaque_ports_gets_its_namespaces_marked_as_a_copy():
+    for own in (None, {}, {"other": "x"}):
+        obj = a_service(own)
+        decision = decide_service(review(obj), namespace({OPAQUE: "3306,9000-9010"}))
+        made = applied(decision, obj)
+        copied = {OPAQUE: "3306,9000-9010", INHERITED: "3306,9000-9010"}
+        assert made["metadata"]["annotations"] == {**(own or {}), **copied}
+        assert {key: value for key, value in made.items() if key != "metadata"} == {
+            key: value for key, value in obj.items() if key != "metadata"
+        }
+        assert (decision.outcome, decision.asked_at) == (Outcome.INJECTED, "namespace")
+        assert (decision.subject.kind, decision.subject.name) == ("Service", "db")
+        assert decision.note.reason == "Injected" and not decision.note.warning
+        assert bears_out(made["metadata"]["annotations"], decision.note)
+        assert not bears_out(own or {}, decision.note)
+        again = decide_service(review(made), namespace({OPAQUE: "3306,9000-9010"}))
+        assert (again.outcome, again.note) == (Outcome.UNCHANGED, None)
+
+
+@pytest.mark.parametrize(
+    ("own", "ns"),
+    [
+        ({OPAQUE: "1"}, {OPAQUE: "2"}),
+        ({OPAQUE: ""}, {OPAQUE: "2"}),
+        ({OPAQUE: "8x"}, {OPAQUE: "2"}),
+        ({}, {}),
+        ({}, ENABLED),
+    ],
+    ids=["its own", "its own: none", "its own, wrong: check says so", "nobody says any", "meshed"],
+)
+def test_what_a_service_says_itself_stays(own, ns):
+    decision = decide_service(review(a_service(own)), namespace(ns))
+    assert (decision.outcome, decision.note) == (Outcome.UNCHANGED, None)
+    assert "patch" not in decision.review["response"]
+
+
+def test_a_copied_service_takes_over_what_its_new_namespace_says():
+    obj = a_service({OPAQUE: "1", INHERITED: "1"})
+    made = applied(decide_service(review(obj), namespace({OPAQUE: "2"})), obj)
+    assert made["metadata"]["annotations"] == {OPAQUE: "2", INHERITED: "2"}
+
+
+def test_a_mistake_of_the_namespace_stands_on_the_service_and_refuses_nothing():
+    obj = a_service()
+    decision = decide_service(review(obj), namespace({OPAQUE: "8x,-"}))
+    made = applied(decision, obj)
+    assert decision.outcome is Outcome.SKIPPED and decision.reasons == ("invalid_annotation",)
+    assert "'8x,-' is not accepted" in made["metadata"]["annotations"]["mantle.dev/injection-skipped"]
+    assert decision.note.warning and decision.note.message in decision.review["response"]["warnings"][0]
+    again = decide_service(review(made), namespace({OPAQUE: "8x,-"}))
+    assert again.note is None and again.again
+
+
+def test_a_dry_run_of_a_service_leaves_no_trace_and_an_update_is_left_alone():
+    ns = namespace({OPAQUE: "2"})
+    assert decide_service(review(a_service(), dryRun=True), ns).note is None
+    assert decide_service(review(a_service(), "UPDATE"), ns).outcome is Outcome.UNCHANGED
+    assert decide_service(review(pod()), ns).outcome is Outcome.UNCHANGED

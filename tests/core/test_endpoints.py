@@ -286,6 +286,24 @@ def test_a_services_opaque_ports(changes: dict, namespace_says: str | None, opaq
     assert (found.name, found.opaque) == ("web-svc.emojivoto.svc.cluster.local", opaque)
 
 
+@pytest.mark.parametrize("copied", ["80", "3306"])
+@pytest.mark.parametrize("namespace_says", [None, "80", "443"])
+def test_a_copy_of_the_namespaces_opaque_ports_changes_no_answer(copied: str, namespace_says: str | None) -> None:
+    """Whether the injector was there when the service was made, and what the namespace has said since."""
+    annotations = {OPAQUE: namespace_says} if namespace_says else {}
+    shop = Namespace("emojivoto", annotations=annotations)
+    marked = {OPAQUE: copied, "mantle.dev/inherited-opaque-ports": copied}
+    plain, with_copy = (
+        profile(world(service("web-svc", "10.1.0.1", annotations=on_it), shop), ServiceTarget(WEB, 80))
+        for on_it in ({}, marked)
+    )
+    assert plain == with_copy
+    corrected = service("web-svc", "10.1.0.1", annotations=marked | {OPAQUE: "80"})
+    found = profile(world(corrected, shop), ServiceTarget(WEB, 80))
+    assert isinstance(found, Profile)
+    assert found.opaque is (copied != "80" or namespace_says == "80"), "what somebody wrote over the copy counts"
+
+
 # ---- profiles ----
 
 

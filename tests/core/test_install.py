@@ -267,6 +267,9 @@ def failure_of(objects: list[Object], label: str | None) -> list[str]:
     """The failure policies that a pod of a namespace with this label meets."""
     met = []
     for hook in find(objects, "MutatingWebhookConfiguration", "mantle-injector")["webhooks"]:
+        if hook["rules"][0]["resources"] != ["pods"]:
+            assert hook["failurePolicy"] == "Ignore", "only pods ever wait for the injector"
+            continue
         (rule,) = [
             e for e in hook["namespaceSelector"]["matchExpressions"] if e["key"] == "mantle.dev/injector-failure"
         ]

@@ -19,7 +19,17 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from mantle.control.injector_api import Api
 from mantle.control.injector_events import Events
-from mantle.core.admission import OWNERS_ABOVE, Decision, NotAReview, Outcome, Owner, controller, decide, pod_of
+from mantle.core.admission import (
+    OWNERS_ABOVE,
+    Decision,
+    NotAReview,
+    Outcome,
+    Owner,
+    controller,
+    decide,
+    decide_service,
+    pod_of,
+)
 from mantle.core.inject import OWNER_KINDS
 from mantle.core.proxy_env import Values
 from mantle.platform.kubernetes.calls import Refused, Unreachable
@@ -68,7 +78,7 @@ class Injector:
         self._namespaces: OrderedDict[str, dict[str, Any]] = OrderedDict()
         common = ["owner_kind", "namespace", "annotation_at"]
         self._requests = Counter(
-            "proxy_inject_admission_requests", "pods that were to be admitted", common, registry=registry
+            "proxy_inject_admission_requests", "pods and services that were to be admitted", common, registry=registry
         )
         self._responses = Counter(
             "proxy_inject_admission_responses", "answers", [*common, "skip", "skip_reason"], registry=registry
@@ -81,23 +91,29 @@ class Injector:
     async def admit(self, review: Mapping[str, Any]) -> Decision:
         """Raises `NotAReview`, `Refused`, `Unreachable`, or `Unreachable` where the mesh's settings are not known."""
         subject = pod_of(review)
+        if subject.kind == "Service":
+            return self._told(review, decide_service(review, await self._namespace(subject.namespace)), None)
         values = self._settings.current
         if values is None:
             raise Unreachable(self._settings.missing)
         namespace, owner = await asyncio.gather(
             self._namespace(subject.namespace), self._owner(subject.namespace, subject.owner)
         )
-        decision = decide(review, namespace, values, owner)
+        return self._told(review, decide(review, namespace, values, owner), owner)
+
+    def _told(self, review: Mapping[str, Any], decision: Decision, owner: Owner | None) -> Decision:
+        """The same decision, counted and told."""
+        subject = decision.subject
         if decision.outcome is not Outcome.UNCHANGED and not decision.again:
-            kind = owner.kind.lower() if owner else ""
-            common = (kind if kind in ("", *OWNER_KINDS) else "other", subject.namespace, decision.asked_at)
+            kind = owner.kind.lower() if owner else "service" if subject.kind == "Service" else ""
+            common = (kind if kind in ("", "service", *OWNER_KINDS) else "other", subject.namespace, decision.asked_at)
             self._requests.labels(*common).inc()
             skip = str(decision.outcome is not Outcome.INJECTED).lower()
             self._responses.labels(*common, skip, ",".join(decision.reasons)).inc()
         if decision.note is not None:
             labels = ((review["request"].get("object") or {}).get("metadata") or {}).get("labels") or {}
             admitted = decision.outcome is not Outcome.REFUSED
-            self._events.tell(decision.subject, labels, decision.note, owner, admitted)
+            self._events.tell(subject, labels, decision.note, owner, admitted)
         return decision
 
     async def _namespace(self, name: str) -> dict[str, Any]:

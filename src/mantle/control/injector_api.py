@@ -16,7 +16,7 @@ from lightkube.resources.core_v1 import ConfigMap, Event, Namespace
 from lightkube.types import PatchType
 
 from mantle.core.admission import Owner
-from mantle.platform.kubernetes.calls import doing
+from mantle.platform.kubernetes.calls import NOT_FOUND, Refused, doing
 from mantle.platform.kubernetes.client import Client
 
 Object = dict[str, Any]
@@ -50,6 +50,19 @@ class Api:
             response = await self._client.http.get(path, params=query, headers={"Accept": METADATA_ONLY})
             response.raise_for_status()
             return list(response.json()["items"] or ())  # an empty list of metadata is null
+
+    async def service(self, namespace: str, name: str) -> list[Object]:
+        """Its metadata; none if there is none."""
+        try:
+            async with doing(f"get service {namespace}/{name}"):
+                path = f"/api/v1/namespaces/{namespace}/services/{name}"
+                response = await self._client.http.get(path, headers={"Accept": METADATA_ONLY.replace("List", "")})
+                response.raise_for_status()
+                return [dict(response.json())]
+        except Refused as error:
+            if error.code != NOT_FOUND:
+                raise
+            return []
 
     async def config_map(self, name: str) -> dict[str, str]:
         async with doing(f"get ConfigMap {self._namespace}/{name}"):

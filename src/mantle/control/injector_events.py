@@ -1,4 +1,4 @@
-"""Events about admissions: on the workload at once, on the pod as soon as it exists.
+"""Events about admissions: on the workload at once, on the pod or service as soon as it exists.
 
 At admission most pods have neither name nor uid. So what is to be said is kept, by workload, and pods are listed in
 waves (one list a workload, by the pod's own labels) until each has its event or is known not to have come. The name of
@@ -72,14 +72,14 @@ class Events:
     def tell(
         self, subject: Subject, labels: Mapping[str, str], note: Note, owner: Owner | None, admitted: bool
     ) -> None:
-        """Says `note` about a pod that was admitted or refused, and about its workload."""
+        """Says `note` about a pod or service that was admitted or refused, and about a pod's workload."""
         text = note.message[:MOST_TEXT]
         note = replace(note, message="".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)[:MOST_TEXT])
         if owner is not None and self._has_room(self._owners, about_owner := (subject.namespace, owner, note)):
             self._owners[about_owner] = self._owners.get(about_owner, 0) + 1
-        if admitted and can_exist(subject, labels):
+        if admitted and can_exist(subject, labels) and (subject.name or subject.kind == "Pod"):
             whose = subject.name or (subject.owner.uid if subject.owner else subject.generate_name)
-            key = (subject.namespace, whose, note, tuple(sorted(labels.items())))
+            key = (subject.kind, subject.namespace, whose, note, tuple(sorted(labels.items())))
             group = self._groups.get(key)
             if group is not None:
                 group.expected += 1
@@ -113,29 +113,33 @@ class Events:
             await self._write({**about, "namespace": namespace}, note, times, "workload")
             del self._owners[(namespace, owner, note)]
         for key, group in list(self._groups.items()):
-            await self._pods_of(group)
-            late = self._ticks() > group.until
+            await self._find(group)
+            late, kind = self._ticks() > group.until, group.subject.kind.lower()
             if late or len(group.done) >= group.expected:
                 del self._groups[key]
             if late and len(group.done) < group.expected:
-                self._dropped.labels("the pod did not come").inc(group.expected - len(group.done))
+                self._dropped.labels(f"the {kind} did not come").inc(group.expected - len(group.done))
 
-    async def _pods_of(self, group: _Group) -> None:
+    async def _find(self, group: _Group) -> None:
+        """Looks for the group's pods, or its service, and writes the events of those that are there."""
         subject = group.subject
         try:
-            pods = await self._api.pods(subject.namespace, group.labels)
+            if subject.kind == "Service":
+                found = await self._api.service(subject.namespace, subject.name)
+            else:
+                found = await self._api.pods(subject.namespace, group.labels)
         except Refused as error:
-            log.warning("no events on pods: %s", error)
+            log.warning("no events: %s", error)
             return
         youngest = self._now() - CLOCKS
-        for pod in pods:
-            meta = pod["metadata"]
+        for one in found:
+            meta = one["metadata"]
             named = meta["name"] == subject.name if subject.name else meta["name"].startswith(subject.generate_name)
             created = datetime.fromisoformat(str(meta["creationTimestamp"]))
             ours = bears_out(meta.get("annotations") or {}, group.note)
             if named and ours and created >= youngest and meta["uid"] not in group.done:
-                about = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
-                await self._write({**about, "namespace": subject.namespace}, group.note, 1, "pod")
+                about = {"apiVersion": "v1", "kind": subject.kind, "name": meta["name"], "uid": meta["uid"]}
+                await self._write({**about, "namespace": subject.namespace}, group.note, 1, subject.kind.lower())
                 group.done.add(meta["uid"])
 
     async def _write(self, about: dict[str, Any], note: Note, times: int, kind: str) -> None:

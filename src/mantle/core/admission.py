@@ -17,7 +17,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mantle.core.annotations import CREATED_BY, INJECT, PREFIX, SKIPPED, Mistake
+from mantle.core.annotations import (
+    CREATED_BY,
+    INHERITED_OPAQUE_PORTS,
+    INJECT,
+    OPAQUE_PORTS,
+    PREFIX,
+    SKIPPED,
+    Mistake,
+    own_opaque_ports,
+    read_config,
+)
 from mantle.core.inject import Injected, Object, Refused, inject_pod
 from mantle.core.inject_containers import PROXY
 from mantle.core.names import is_label
@@ -73,12 +83,15 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A pod of a request, as far as it is known before it exists. `name` is empty where the API server will make it."""
+    """A pod or service of a request, as far as it is known before it exists. `name` is empty where the API server will
+    make it.
+    """
 
     namespace: str
     name: str
     generate_name: str
     owner: Owner | None
+    kind: str = "Pod"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +118,7 @@ def pod_of(review: Mapping[str, Any]) -> Subject:
     if not is_label(namespace):
         raise NotAReview(f"found the namespace {namespace[:100]!r}; wanted the name of one")
     return Subject(
+        kind="Service" if (request.get("object") or {}).get("kind") == "Service" else "Pod",
         namespace=namespace,
         name=str(metadata.get("name") or request.get("name") or ""),
         generate_name=str(metadata.get("generateName") or ""),
@@ -133,11 +147,11 @@ def can_exist(subject: Subject, labels: Mapping[str, Any]) -> bool:
 
 
 def bears_out(annotations: Mapping[str, str], note: Note) -> bool:
-    """Whether `note` can be about a pod with these annotations: each of our answers leaves its mark on the pod, so
-    nothing is said of pods that were never asked about.
+    """Whether `note` can be about a pod or service with these annotations: each of our answers leaves its mark, so
+    nothing is said of those that were never asked about.
     """
     if note.reason == INJECTED:
-        return CREATED_BY in annotations
+        return CREATED_BY in annotations or INHERITED_OPAQUE_PORTS in annotations
     return SKIPPED in annotations or MIRROR in annotations or annotations.get(INJECT) == "disabled"
 
 
@@ -181,8 +195,39 @@ def decide(
     note = _skip_note(result.reasons)
     if result.reasons == (Skip.DISABLED,):  # its author said so, on the pod: nothing to add, nobody to warn
         return made(_answer(request), Outcome.SKIPPED, result.reasons, note)
-    patch = json_patch(pod, _with_annotation(pod, SKIPPED, skipped_text(result.reasons)))
+    patch = json_patch(pod, _annotated(pod, {SKIPPED: skipped_text(result.reasons)}))
     return made(_answer(request, patch, _warned(note)), Outcome.SKIPPED, result.reasons, note)
+
+
+def decide_service(review: Mapping[str, Any], namespace: Mapping[str, Any]) -> Decision:
+    """A new Service that names no opaque ports gets its namespace's, marked as a copy. Raises `NotAReview`.
+
+    Nothing depends on it: discovery answers the same for a service without the copy. It is for people, who look at
+    the service, and for other programs. So a service is never refused.
+    """
+    request, subject = _request(review), pod_of(review)
+    service: Mapping[str, Any] = request.get("object") or {}
+    own = (service.get("metadata") or {}).get("annotations") or {}
+    given = ((namespace.get("metadata") or {}).get("annotations") or {}).get(OPAQUE_PORTS)
+    unchanged = Decision(_answer(request), Outcome.UNCHANGED, subject)
+    if request.get("operation") != "CREATE" or subject.kind != "Service":
+        return unchanged
+    # The same copy: another webhook came after us and we are asked once more.
+    if given is None or own_opaque_ports(own) is not None or own.get(OPAQUE_PORTS) == given:
+        return unchanged
+    quiet = bool(request.get("dryRun"))
+    _, mistakes = read_config({}, {OPAQUE_PORTS: given})
+    if mistakes:
+        reason = "invalid_annotation"
+        note = Note("InjectionSkipped", f"no opaque ports were taken over: {mistakes[0]}", warning=True)
+        patch = json_patch(service, _annotated(service, {SKIPPED: f"{reason}: {mistakes[0]}"}))
+        again = SKIPPED in own
+        answer = _answer(request, patch, _warned(note))
+        told = None if quiet or again else note
+        return Decision(answer, Outcome.SKIPPED, subject, (reason,), "namespace", told, again)
+    patch = json_patch(service, _annotated(service, {OPAQUE_PORTS: given, INHERITED_OPAQUE_PORTS: given}))
+    note = Note(INJECTED, f"{OPAQUE_PORTS}: {given}, as its namespace says")
+    return Decision(_answer(request, patch), Outcome.INJECTED, subject, (), "namespace", None if quiet else note)
 
 
 def _label(mistake: Mistake) -> str:
@@ -287,7 +332,7 @@ def _injected_note(
     return note, tuple(f"mantle: {warning}" for warning in warnings)
 
 
-def _with_annotation(pod: Mapping[str, Any], name: str, value: str) -> Object:
-    metadata = dict(pod.get("metadata") or {})
-    metadata["annotations"] = {**(metadata.get("annotations") or {}), name: value}
-    return {**pod, "metadata": metadata}
+def _annotated(obj: Mapping[str, Any], more: Mapping[str, str]) -> Object:
+    metadata = dict(obj.get("metadata") or {})
+    metadata["annotations"] = {**(metadata.get("annotations") or {}), **more}
+    return {**obj, "metadata": metadata}

@@ -25,6 +25,11 @@ PROXY_VERSION = "mantle.dev/proxy-version"
 TRUST_ROOT_SHA256 = "mantle.dev/trust-root-sha256"
 SKIPPED = "mantle.dev/injection-skipped"
 """On a pod that somebody wanted meshed and that is not: why."""
+OPAQUE_PORTS = f"{PREFIX}opaque-ports"
+INHERITED_OPAQUE_PORTS = "mantle.dev/inherited-opaque-ports"
+"""On a Service: the opaque ports that the injector wrote, as its namespace said then. While both are equal they are a
+copy, and what the namespace says now counts.
+"""
 ADDED = "mantle.dev/added-annotations"
 """On a meshed pod: which of its other annotations injection wrote, so that they can be taken away again."""
 LABEL_CONTROL_NS = "mantle.dev/control-plane-ns"
@@ -320,6 +325,14 @@ class Config:
         """The parsed value of `config.mantle.dev/NAME`, or `default`; KeyError for a name `CONFIG` does not list."""
         CONFIG[name]
         return self.values.get(name, default)
+
+
+def own_opaque_ports(service: Mapping[str, str]) -> str | None:
+    """The opaque ports that a Service's annotations say themselves; None if they say nothing, or hold the copy of the
+    namespace's.
+    """
+    written = service.get(OPAQUE_PORTS)
+    return None if written == service.get(INHERITED_OPAQUE_PORTS) else written
 
 
 def read_config(pod: Mapping[str, str], namespace: Mapping[str, str]) -> tuple[Config, tuple[Mistake, ...]]:

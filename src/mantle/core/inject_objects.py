@@ -11,7 +11,17 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mantle.core.annotations import INJECT, INJECT_VALUES, LABEL_COMPONENT, PREFIX, SKIPPED, Mistake, read_config
+from mantle.core.annotations import (
+    INHERITED_OPAQUE_PORTS,
+    INJECT,
+    INJECT_VALUES,
+    LABEL_COMPONENT,
+    OPAQUE_PORTS,
+    PREFIX,
+    SKIPPED,
+    Mistake,
+    read_config,
+)
 from mantle.core.inject import Injected, Refused, inject_pod, uninject_pod
 from mantle.core.inject_containers import PROXY
 from mantle.core.pod_facts import Skip, containers, has_udp_ports, obstacles
@@ -216,7 +226,7 @@ def _uninject(item: _Item) -> Report:
 def _asking(annotations: Mapping[str, str], kind: str) -> Iterator[str]:
     """The annotations that ask for injection, in their order."""
     if kind == "Service":
-        yield from (key for key in annotations if key == PREFIX + "opaque-ports")
+        yield from (key for key in annotations if key in (OPAQUE_PORTS, INHERITED_OPAQUE_PORTS, SKIPPED))
         return
     if SKIPPED in annotations:
         yield SKIPPED

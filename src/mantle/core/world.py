@@ -13,7 +13,16 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any, Generic, TypeVar
 
-from mantle.core.annotations import LABEL_CONTROL_NS, PREFIX, Config, named_ranges, port_ranges, read_config
+from mantle.core.annotations import (
+    LABEL_CONTROL_NS,
+    OPAQUE_PORTS,
+    PREFIX,
+    Config,
+    named_ranges,
+    own_opaque_ports,
+    port_ranges,
+    read_config,
+)
 from mantle.core.model import EMPTY, Changes, EndpointSlice, Key, Namespace, Pod, Service, ServicePort, Snapshot
 from mantle.core.names import BadName, MeshNames, Workload
 from mantle.core.optional_names import LABEL_TLS, MIGRATION, OPTIONAL, OptionalNames, owner_of
@@ -149,7 +158,9 @@ class World:
         if port.app_protocol:
             return port.app_protocol in OPAQUE_APP_PROTOCOLS
         namespace = self.snapshot.namespaces.get(service.key.namespace)
-        config, _ = read_config(service.annotations, namespace.annotations if namespace else EMPTY)
+        own = own_opaque_ports(service.annotations)
+        written = EMPTY if own is None else {OPAQUE_PORTS: own}
+        config, _ = read_config(written, namespace.annotations if namespace else EMPTY)
         return port.port in _opaque(config, {})
 
 
