@@ -420,3 +420,16 @@ def test_linkerd2_proxy_gets_its_own_variable_names():
 def test_the_meshs_own_environment_is_added_for_every_proxy():
     values = Values("1", "ROOTS", (), inject_by_default=True, proxy_env={"IDENTITY_MIN_REFRESH": "1s"})
     assert env(meshed(values=values))["IDENTITY_MIN_REFRESH"] == "1s"
+
+
+@pytest.mark.parametrize(("where", "own_pod_only"), [("shop", True), ("mantle", False)])
+def test_only_the_control_namespace_has_components(where: str, own_pod_only: bool) -> None:
+    """A label anybody can write must not make a pod pass the API server by, or ask itself for identities."""
+    obj = pod()
+    obj["metadata"] |= {"namespace": where, "labels": {"mantle.dev/control-plane-component": "destination"}}
+    values = Values("1", "ROOTS", (), inject_by_default=True, api_server="10.1.2.3/32")
+    made = inject_pod(obj, {}, values)
+    assert isinstance(made, Injected)
+    assert ("10.1.2.3/32" in container(made.pod, "mantle-init")["args"]) is not own_pod_only
+    asked = env(made.pod)["DESTINATION_SVC_ADDR"]
+    assert asked == ("mantle-destination.mantle.svc.cluster.local:8086" if own_pod_only else "127.0.0.1:8086")
