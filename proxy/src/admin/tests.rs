@@ -67,7 +67,7 @@ async fn talk(mut io: impl AsyncRead + AsyncWrite + Unpin, bytes: &str) -> Strin
         let _ = io.read_to_end(&mut answer).await;
         std::io::Result::Ok(())
     };
-    tokio::time::timeout(Duration::from_secs(20), talked).await.expect("an end").expect("written");
+    tokio::time::timeout(Duration::from_secs(60), talked).await.expect("an end").expect("written");
     String::from_utf8(answer).expect("text")
 }
 

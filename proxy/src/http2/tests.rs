@@ -225,7 +225,7 @@ fn play<F: Future<Output = ()>>(servers: usize, act: impl FnOnce(Stage) -> F) {
         let (send, connection) = client::handshake(TcpStream::connect(addr).await.unwrap()).await.unwrap();
         spawn_local(connection);
         let acted = act(Stage { send, book, service: kept, shutdown, end, over });
-        tokio::time::timeout(Duration::from_secs(20), acted).await.expect("the play hangs");
+        tokio::time::timeout(Duration::from_secs(60), acted).await.expect("the play hangs");
     });
 }
 

@@ -85,7 +85,7 @@ impl Stage {
 
     async fn epoch(&mut self, epoch: u64) -> Arc<Credentials> {
         let reached = self.credentials.wait_for(|now| now.as_ref().is_some_and(|c| c.epoch == epoch));
-        let now = tokio::time::timeout(Duration::from_secs(20), reached).await.expect("in time").expect("running");
+        let now = tokio::time::timeout(Duration::from_secs(60), reached).await.expect("in time").expect("running");
         now.clone().expect("waited for")
     }
 }
@@ -93,7 +93,7 @@ impl Stage {
 #[tokio::test]
 async fn every_renewal_has_a_new_key_the_token_of_the_moment_and_our_certificate() {
     let mut stage = stage("renewal").await;
-    let lifetime = Duration::from_secs(5);
+    let lifetime = Duration::from_secs(12); // on a busy machine the renewal may be seconds late
 
     let first = stage.plane.certify.next().await;
     assert_eq!((first.request.identity.as_str(), first.client.as_str()), (WEB, ""), "nothing to show yet");
@@ -154,7 +154,7 @@ async fn no_token_and_no_service_are_waited_for() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), failed).await.expect("counted");
+    tokio::time::timeout(Duration::from_secs(60), failed).await.expect("counted");
     write(&stage.token, "late");
     let call = stage.plane.certify.next().await;
     assert_eq!(call.request.token, b"late");

@@ -81,7 +81,7 @@ async fn material_is_taken_up_kept_when_what_follows_is_broken_and_dropped_when_
     };
     tokio::select! {
         () = run(&files, &name, &trust, tx, &metrics) => unreachable!("it runs for ever"),
-        done = tokio::time::timeout(Duration::from_secs(30), life) => done.expect("in time"),
+        done = tokio::time::timeout(Duration::from_secs(90), life) => done.expect("in time"),
     }
 }
 
