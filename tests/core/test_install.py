@@ -146,6 +146,9 @@ def test_what_narrows_the_rights_of_the_ca_is_there_before_they_are_and_names_it
     assert policy["matchConditions"][0]["expression"].endswith("== 'system:serviceaccount:mesh:mantle-ca'")
     assert "mantle:" not in json.dumps(policy)
     assert find(objects, "ValidatingAdmissionPolicyBinding", "mantle-ca")["spec"]["validationActions"] == ["Deny"]
+    values = InstallValues(tls="optional")
+    older = install_objects(values, TRUST, admission_policies=False)
+    assert older == [o for o in install_objects(values, TRUST) if o["kind"] not in NARROWING]
 
 
 def test_the_ca_is_there_in_the_experimental_mode_alone_and_restricted_too():

@@ -250,11 +250,10 @@ def test_everything_that_stands_in_the_way_is_said():
     assert "Linkerd" in found[1] and "Istio" in found[2] and "found 1.28; wanted 1.29" in found[5]
 
 
-def test_the_experimental_mode_needs_a_cluster_that_narrows_its_ca():
+def test_admission_policies_are_known_from_1_30_on_and_nothing_is_refused_for_want_of_them():
     optional = replace(VALUES, tls="optional")
-    assert list(obstacles(Facts((1, 29)), VALUES)) == list(obstacles(Facts((1, 30)), optional)) == []
-    (fault,) = said(tuple(obstacles(Facts((1, 29)), optional)))
-    assert "found 1.29; wanted 1.30 or newer for --tls=optional" in fault
+    assert list(obstacles(Facts((1, 29)), optional)) == []
+    assert [Facts(version).admission_policies for version in ((1, 29), (1, 30), (2, 0))] == [False, True, True]
 
 
 def test_versions_as_clusters_write_them():

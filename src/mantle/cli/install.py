@@ -55,13 +55,14 @@ def command(
     from mantle.manifests.render import install_objects
     from mantle.manifests.trust import Decision, Existing, Given, decide
 
-    existing = Existing()
+    existing, policies = Existing(), True
     faults: list[Fault] = []
     if client is not None:
         from mantle.cli.cluster_facts import read_facts
 
         facts = read_facts(client, values.control_namespace)
         existing, faults = facts.trust, list(obstacles(facts, values))
+        policies = facts.admission_policies
     trust = decide(values, Given(*contents), existing, datetime.now(UTC), secrets.token_bytes, client is not None)
     if faults or not isinstance(trust, Decision):
         raise refusal([*faults, *(() if isinstance(trust, Decision) else trust)])
@@ -71,8 +72,8 @@ def command(
             "no cluster was asked, so this is a fresh trust root: keep this output. "
             "A second one, applied over it, would cut off every pod that is in the mesh by then"
         )
-    say([*notes, *mode_notes(values)])
-    print_objects(install_objects(values, trust.material, given), output)
+    say([*notes, *mode_notes(values, policies)])
+    print_objects(install_objects(values, trust.material, given, admission_policies=policies), output)
 
 
 def write_chart(directory: Path, values: InstallValues) -> None:
@@ -115,14 +116,19 @@ def cluster_client(flags: Globals) -> KubeClient | None:
     return KubeClient(access)
 
 
-def mode_notes(values: InstallValues) -> list[str]:
+def mode_notes(values: InstallValues, admission_policies: bool) -> list[str]:
     """What people must know about the mode they chose."""
     if values.tls != "optional":
         return []
-    return [
+    weaker = (
         "tls=optional adds the EXPERIMENTAL mode, which is weaker: its ca makes the private keys and hands them out as "
         "Secrets, and its proxies fall back to plaintext (docs/optional-tls.md). The default mode stays as it is"
-    ]
+    )
+    unguarded = (
+        "before Kubernetes 1.30 no admission policy can keep the ca's account from Secrets that are not of this mode: "
+        "whoever takes over the ca can replace any, the issuer's too"
+    )
+    return [weaker] if admission_policies else [weaker, unguarded]
 
 
 def refusal(faults: Sequence[Fault]) -> Failure:

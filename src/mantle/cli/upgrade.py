@@ -51,8 +51,10 @@ def command(flags: Globals, files: Sequence[str], sets: Sequence[str], reset_val
     trust = decide(values, Given(), facts.trust, datetime.now(UTC), secrets.token_bytes)
     # An upgrade changes no trust, so what is wrong with it must not keep anybody from one.
     notes = trust.notes if isinstance(trust, Decision) else [f"{fault}; {fault.fix}" for fault in trust]
-    say([*notes, *mode_notes(values)])
-    print_objects(install_objects(values, TrustMaterial(facts.trust.roots, emit_roots=False), given), output)
+    policies = facts.admission_policies
+    say([*notes, *mode_notes(values, policies)])
+    kept = TrustMaterial(facts.trust.roots, emit_roots=False)
+    print_objects(install_objects(values, kept, given, admission_policies=policies), output)
 
 
 def the_one(namespaces: Sequence[str]) -> str:

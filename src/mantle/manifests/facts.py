@@ -18,10 +18,8 @@ from mantle.manifests.trust import Existing
 
 LEAST_MINOR = 29
 """Kubernetes 1.29: native sidecars are on by default from here (KEP-753)."""
-LEAST_MINOR_OPTIONAL = 30
-"""Kubernetes 1.30: ValidatingAdmissionPolicy, which keeps the experimental mode's `ca` from other Secrets, is always
-there from here (KEP-3488).
-"""
+ADMISSION_POLICIES = (1, 30)
+"""The Kubernetes from which on ValidatingAdmissionPolicy is always there (KEP-3488)."""
 
 OTHER_MESHES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Linkerd": (
@@ -60,6 +58,11 @@ class Facts:
         except (KeyError, ValueError):
             return None
         return found if isinstance(found, dict) else None
+
+    @property
+    def admission_policies(self) -> bool:
+        """Whether the cluster knows ValidatingAdmissionPolicy."""
+        return self.version >= ADMISSION_POLICIES
 
     @property
     def overrides(self) -> dict[str, Any] | None:
@@ -109,13 +112,6 @@ def obstacles(facts: Facts, values: InstallValues) -> Iterator[Fault]:
             ".".join(map(str, facts.version)),
             f"1.{LEAST_MINOR} or newer, as the proxies are native sidecars",
             "upgrade the cluster",
-        )
-    elif values.tls == "optional" and facts.version < (1, LEAST_MINOR_OPTIONAL):
-        yield Fault(
-            "Kubernetes",
-            ".".join(map(str, facts.version)),
-            f"1.{LEAST_MINOR_OPTIONAL} or newer for --tls=optional: before, nothing keeps its ca from other Secrets",
-            "upgrade the cluster, or use the default mode",
         )
 
 

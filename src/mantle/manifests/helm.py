@@ -16,7 +16,7 @@ from typing import Any
 
 from mantle import __version__
 from mantle.manifests.config import BY_PATH, InstallValues, put
-from mantle.manifests.facts import LEAST_MINOR, LEAST_MINOR_OPTIONAL
+from mantle.manifests.facts import ADMISSION_POLICIES, LEAST_MINOR
 from mantle.manifests.render import TrustMaterial, install_objects, yaml_text
 
 
@@ -85,7 +85,7 @@ _CHART: dict[str, Any] = {
 
 
 def _least_minor(values: InstallValues) -> int:
-    return LEAST_MINOR_OPTIONAL if values.tls == "optional" else LEAST_MINOR
+    return ADMISSION_POLICIES[1] if values.tls == "optional" else LEAST_MINOR
 
 
 def _template(objects: list[dict[str, Any]]) -> str:

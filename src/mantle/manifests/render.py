@@ -85,11 +85,16 @@ def control_plane(values: ControlPlane) -> list[Object]:
 
 
 def install_objects(
-    values: InstallValues, trust: TrustMaterial, overrides: Mapping[str, Any] | None = None
+    values: InstallValues,
+    trust: TrustMaterial,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    admission_policies: bool = True,
 ) -> list[Object]:
     """Everything `mantle install` prints, in the order to apply it.
 
     `overrides`: the values that were given, nested; kept in the cluster for `upgrade`.
+    `admission_policies`: whether the cluster knows ValidatingAdmissionPolicy.
     """
     objects = control_plane(
         ControlPlane(
@@ -108,6 +113,8 @@ def install_objects(
     placeholders = _cluster_placeholders(values, overrides or {})
     files = ["rbac.yml", "config.yml", "injector.yml", "tap-api.yml", *(["ca.yml"] if values.tls == "optional" else [])]
     additions = [obj for name in files for obj in _read(f"cluster/{name}", placeholders)]
+    if not admission_policies:
+        additions = [obj for obj in additions if obj["kind"] not in NARROWING]
     # A right and what narrows it come first.
     roles = [obj for obj in additions if obj["apiVersion"].startswith("rbac.") or obj["kind"] in NARROWING]
     # What answers the API server comes last: a webhook or an API whose program does not exist yet only makes it wait.
