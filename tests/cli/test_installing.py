@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from mantle.cli.installing import parse_set, read_all
 from mantle.cli.main import cli
 from mantle.cli.output import Failure
+from mantle.cli.proxy_options import OPTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,36 @@ def test_later_wins_and_a_flag_of_its_own_wins_over_all(tmp_path: Path):
     assert values.proxy == {"proxy-log-level": "debug", "admin-port": "4200", "proxy-gid": "7"}
     assert given["proxy"] == {"gid": 7, "logLevel": "debug", "adminPort": 4200}
     assert stored["proxy"] == {"gid": 7}
+
+
+def test_the_flags_of_inject_set_what_every_proxy_is_told():
+    result = run(
+        *("install", "--offline", "--proxy-log-level", "debug", "--proxy-cpu", "10m", "--proxy-memory-request", "30Mi"),
+        *("--skip-outbound-ports", "25", "--no-native-sidecar", "--image-pull-policy", "Always"),
+        *("--set", "proxy.logLevel=info"),
+    )
+    assert result.exit_code == 0, result.stderr
+    values = kept(result, "values")
+    assert values["imagePullPolicy"] == "Always"
+    assert values["proxy"] == {
+        "cpuRequest": "10m",
+        "logLevel": "debug",
+        "memoryRequest": "30Mi",
+        "nativeSidecar": "false",
+        "skipOutboundPorts": "25",
+    }
+    assert kept(result, "overrides")["proxy"] == values["proxy"], "an upgrade keeps them"
+    assert "Flag --proxy-cpu has been deprecated, use --proxy-cpu-request instead" in result.stderr
+
+
+def test_every_flag_of_proxies_is_a_value_of_an_install():
+    for flag, (name, metavar) in OPTIONS.items():
+        if flag != "--tls":
+            text = {"QUANTITY": "10m", "PORTS": "80", "PORT": "80", "POLICY": "deny", "DURATION": "5s", "IMAGE": "a"}
+            values = {"UID": "5", "GID": "5", "SECONDS": "5", "FILTER": "info", "FORMAT": "json", "TAG": "v1"} | text
+            given = "Always" if flag == "--image-pull-policy" else values.get(metavar, True)
+            _, made = read_all({}, [], [], {flag.removeprefix("--").replace("-", "_"): given}, None)
+            assert name in made.proxy or (flag, made.image_pull_policy) == ("--image-pull-policy", "Always"), flag
 
 
 def test_every_mistake_of_every_place_is_said_at_once(tmp_path: Path):

@@ -212,6 +212,21 @@ def test_flags_become_annotations_and_wrong_ones_are_usage_errors():
     )
 
 
+def test_deprecated_flags_work_and_say_what_to_use_and_the_newer_name_wins():
+    result = inject(WEB, "-", "--proxy-cpu", "10m", "--proxy-memory", "20Mi", "--proxy-memory-request", "30Mi")
+    (deployment,) = YAML(typ="safe").load_all(result.stdout)
+    assert deployment["spec"]["template"]["metadata"]["annotations"] == {
+        "mantle.dev/inject": "enabled",
+        "config.mantle.dev/proxy-cpu-request": "10m",
+        "config.mantle.dev/proxy-memory-request": "30Mi",
+    }
+    for old in ("cpu", "memory"):
+        assert f"Flag --proxy-{old} has been deprecated, use --proxy-{old}-request instead\n" in result.stderr
+    assert "deprecated" not in inject(WEB, "-", "--proxy-cpu-request", "10m").stderr
+    wrong = inject(WEB, "-", "--proxy-cpu", "much")
+    assert "--proxy-cpu-request 'much' is not accepted" in str(wrong.exception)
+
+
 def test_a_wrong_annotation_in_the_file_fails_that_object():
     result = inject(WEB.replace("labels: {app: web}", "annotations: {config.mantle.dev/proxy-await: maybe}"))
     assert result.return_value == 1

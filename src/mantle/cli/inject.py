@@ -9,60 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import click
 
 from mantle.cli.documents import Document, print_documents, read, rewrite
 from mantle.cli.main import Globals, mesh_command
 from mantle.cli.output import Problem
+from mantle.cli.proxy_options import Settings, given, proxy_options
 from mantle.core.annotations import CONFIG, INJECT
 from mantle.core.inject_objects import Report, Verdict, Wish, inject_object
 from mantle.core.pod_facts import Skip
-
-OPTIONS: Mapping[str, tuple[str, str]] = {
-    "--opaque-ports": ("opaque-ports", "PORTS"),
-    "--skip-inbound-ports": ("skip-inbound-ports", "PORTS"),
-    "--skip-outbound-ports": ("skip-outbound-ports", "PORTS"),
-    "--require-identity-on-inbound-ports": ("proxy-require-identity-inbound-ports", "PORTS"),
-    "--default-inbound-policy": ("default-inbound-policy", "POLICY"),
-    "--tls": ("tls", "MODE"),
-    "--enable-debug-sidecar": ("enable-debug-sidecar", ""),
-    "--enable-external-profiles": ("enable-external-profiles", ""),
-    "--native-sidecar": ("proxy-enable-native-sidecar", ""),
-    "--wait-before-exit-seconds": ("proxy-wait-before-exit-seconds", "SECONDS"),
-    "--close-wait-timeout": ("close-wait-timeout", "SECONDS"),
-    "--shutdown-grace-period": ("shutdown-grace-period", "DURATION"),
-    "--access-log": ("access-log", "FORMAT"),
-    "--inbound-port": ("inbound-port", "PORT"),
-    "--outbound-port": ("outbound-port", "PORT"),
-    "--control-port": ("control-port", "PORT"),
-    "--admin-port": ("admin-port", "PORT"),
-    "--proxy-image": ("proxy-image", "IMAGE"),
-    "--proxy-version": ("proxy-version", "TAG"),
-    "--debug-image": ("debug-image", "IMAGE"),
-    "--image-pull-policy": ("image-pull-policy", "POLICY"),
-    "--proxy-uid": ("proxy-uid", "UID"),
-    "--proxy-gid": ("proxy-gid", "GID"),
-    "--proxy-log-level": ("proxy-log-level", "FILTER"),
-    "--proxy-cpu-request": ("proxy-cpu-request", "QUANTITY"),
-    "--proxy-cpu-limit": ("proxy-cpu-limit", "QUANTITY"),
-    "--proxy-memory-request": ("proxy-memory-request", "QUANTITY"),
-    "--proxy-memory-limit": ("proxy-memory-limit", "QUANTITY"),
-}
-"""Flags that become an annotation `config.mantle.dev/NAME`; those without a metavar are switches, `--FLAG` and
-`--no-FLAG`."""
-
-
-def annotation_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for flag, (name, metavar) in reversed(list(OPTIONS.items())):
-        about = CONFIG[name].help
-        if metavar:
-            function = click.option(flag, name.replace("-", "_"), metavar=metavar, help=about)(function)
-        else:
-            both = f"{flag}/--no-{flag.removeprefix('--')}"
-            function = click.option(both, name.replace("-", "_"), default=None, help=about)(function)
-    return function
 
 
 @mesh_command()
@@ -78,7 +34,7 @@ def annotation_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--trust-domain", metavar="NAME", help="With --manual, if no mesh is asked: its trust domain.")
 @click.option("--registry", metavar="NAME", help="Take Mantle's images from there.")
 @click.option("--disable-identity", is_flag=True, hidden=True)
-@annotation_options
+@proxy_options()
 def command(
     flags: Globals,
     files: tuple[str, ...],
@@ -105,8 +61,8 @@ def command(
     if manual:
         from mantle.cli.inject_manual import Given, manual_values
 
-        given = Given(ignore_cluster, trust_anchors, networks, control_namespace, trust_domain, accepted.get("tls"))
-        values = manual_values(flags, given, quiet=output == "json")
+        mesh = Given(ignore_cluster, trust_anchors, networks, control_namespace, trust_domain, accepted.get("tls"))
+        values = manual_values(flags, mesh, quiet=output == "json")
     documents, problems = read(files)
     reports = transform(documents, Wish(accepted, "ingress" if ingress else "enabled", values))
     print_documents(documents, output)
@@ -143,15 +99,11 @@ def _annotating(reports: Sequence[Report]) -> Callable[[str], str]:
     return edit
 
 
-def _accepted(settings: Mapping[str, str | bool | None]) -> dict[str, str]:
+def _accepted(settings: Settings) -> dict[str, str]:
     """The given flags as annotation texts; a value that the annotation would not accept is a usage error."""
     accepted: dict[str, str] = {}
     wrong: list[str] = []
-    for flag, (name, _) in OPTIONS.items():
-        value = settings.get(name.replace("-", "_"))
-        if value is None:
-            continue
-        text = str(value).lower() if isinstance(value, bool) else str(value)
+    for flag, name, text in given(settings):
         try:
             CONFIG[name].parse(text)
         except ValueError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mantle.cli import proxy_options
 from mantle.cli.output import Failure, Problem
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ TRUST_FILES = (
 
 def value_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The flags that set values."""
+    function = proxy_options.proxy_options(without=("--tls",))(function)
     for option in reversed(
         (
             click.option(
@@ -60,6 +62,8 @@ FLAGS: Mapping[str, str] = {
     "identity_external_issuer": "identity.externalIssuer",
 }
 """Flags (parameter names) that are values, with their path."""
+OF_THE_MESH: Mapping[str, str] = {"--image-pull-policy": "imagePullPolicy"}
+"""Flags of proxies that mean the control plane's own pods, too."""
 
 
 def read_all(
@@ -73,7 +77,7 @@ def read_all(
 
     Raises `Failure` with every mistake: files that cannot be read and values that are not accepted alike.
     """
-    from mantle.manifests.config import BadValues, load, merge, put
+    from mantle.manifests.config import PROXY, BadValues, load, merge, put
 
     problems: list[Problem] = []
     given = merge({}, stored)
@@ -85,6 +89,9 @@ def read_all(
     for parameter, path in FLAGS.items():
         if flags.get(parameter) not in (None, False):
             put(given, path, flags[parameter])
+    paths = {setting.name: path for path, setting in PROXY.items()}
+    for flag, name, text in proxy_options.given({key: flags[key] for key in flags if key not in FLAGS}):
+        put(given, OF_THE_MESH.get(flag, paths[name]), text)
     if namespace is not None:
         put(given, "controlNamespace", namespace)
     try:
