@@ -109,6 +109,10 @@ class Cluster:
                         reader.join(30)
         return lines
 
+    def component(self, verb: str, *names: str) -> None:
+        """`stop` kills components of Kubernetes and keeps them away; `start` returns when the API server answers."""
+        self.run(str(TOOL), verb, *names)
+
     def rolled_out(self, namespace: str, *deployments: str, seconds: int = 300) -> None:
         """Waits until every deployment (all of the namespace if none is named) runs as it is written: as many pods as
         it wants, all of them ready. The status of a deployment may be older than its pods, so these are looked at, too.

@@ -208,3 +208,15 @@ def test_a_load_balancer_that_hides_its_clients_delays_no_server_hello(space: Cl
             raise AssertionError(str(error)) from None
 
     until(quick, "a Server Hello within a second")
+
+
+def test_a_pod_with_another_meshs_sidecar_is_left_alone_and_says_so(space: Cluster) -> None:
+    spec = asking(False)
+    spec["containers"].append({"name": "istio-proxy", "image": "mantle.local/pause:1"})
+    apply(space, "Pod", "v1", "foreign", spec)
+    said = "InjectionSkipped: not in the mesh, its traffic is plain: pod has a sidecar injected already"
+    until(lambda: reasons(space, "Pod").get("foreign") == said, "the pod's event")
+    found = space.get("pod", "foreign", "-n", NAMESPACE)
+    assert [c["name"] for c in found["spec"]["containers"]] == ["ask", "istio-proxy"]
+    annotation = found["metadata"]["annotations"]["mantle.dev/injection-skipped"]
+    assert annotation == "sidecar_already_exists: pod has a sidecar injected already"
