@@ -11,6 +11,9 @@ import sys
 
 from test import ROOT, python, summary
 
+ENOUGH = "--maxfail=8"
+"""Where a cluster is broken every play waits for it, minutes each: what the first ones say is enough."""
+
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,8 +22,8 @@ def main() -> None:
     # Builds Kubernetes and Helm where that was not done yet: 7 to 19 minutes, once (`.ci/run` starts it early).
     subprocess.run([ROOT / "tests/e2e/cluster", "build"], check=True)
     arguments = sys.argv[1:]
-    api = [] if arguments else [python(["-n", "2", "--dist", "loadfile", "tests/cluster"], "api")]
-    summary([*api, python(["tests/e2e", *arguments], "cluster")])
+    api = [] if arguments else [python(["-n", "2", "--dist", "loadfile", ENOUGH, "tests/cluster"], "api")]
+    summary([*api, python([ENOUGH, "tests/e2e", *arguments], "cluster")])
 
 
 if __name__ == "__main__":
