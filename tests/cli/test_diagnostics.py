@@ -11,9 +11,14 @@ from certificates import Certificate
 from click.testing import CliRunner, Result
 
 from mantle.cli import target
+from mantle.cli.controller_metrics import ADMIN_PORTS
+from mantle.cli.kube_client import Answer, Refused
 from mantle.cli.main import cli
 from mantle.cli.output import Failure
 from mantle.cli.target import Cluster
+from mantle.core.annotations import LABEL_COMPONENT
+from mantle.manifests.config import InstallValues
+from mantle.manifests.render import TrustMaterial, install_objects
 
 ENDPOINT = {
     "namespace": "emojivoto",
@@ -179,3 +184,80 @@ def test_the_certificates_of_several_pods(views: FakeViews) -> None:
     ]
     assert mantle("identity deploy web -n emojivoto").exit_code == 0
     assert views.asked[-1][2] == {"resource": "deployment", "name": "web"}
+
+
+# ---- controller-metrics ----
+
+
+class ControlPlane:
+    """An API server with pods of a control plane; `answers` by the pod's name."""
+
+    access = FakeAccess()
+
+    def __init__(self, answers: dict[str, str | Refused | Failure]) -> None:
+        self.answers = answers
+
+    def get(self, path: str, query: dict[str, str] | None = None) -> Any:
+        if path == "/api/v1/namespaces":
+            return {"items": [{"metadata": {"name": "mesh"}}]}
+        assert (path, query) == ("/api/v1/namespaces/mesh/pods", {"labelSelector": LABEL_COMPONENT})
+        return {
+            "items": [
+                {
+                    "metadata": {"name": name, "labels": {LABEL_COMPONENT: name.split("-")[1]}},
+                    "status": {"phase": "Failed" if name.endswith("-old") else "Running"},
+                }
+                for name in self.answers
+            ]
+        }
+
+    def text(self, path: str) -> str:
+        name, port = path.removeprefix("/api/v1/namespaces/mesh/pods/").removesuffix("/proxy/metrics").split(":")
+        assert int(port) == ADMIN_PORTS[name.split("-")[1]]
+        answer = self.answers[name]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any], *args: str) -> Result:
+    monkeypatch.setattr(Cluster, "__str__", lambda _self: "a cluster")
+    made = Cluster(ControlPlane(answers), FakeViews())  # type: ignore[arg-type]
+    monkeypatch.setattr(target, "_target", lambda _flags: made)
+    return CliRunner().invoke(cli, ["diagnostics", *args])
+
+
+def test_the_metrics_of_each_component_with_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"mantle-identity-1": "# HELP a\na 1\n", "mantle-viz-2": "b 2\x1b\n", "mantle-ca-old": ""}
+    result = asked(monkeypatch, answers, "controller-metrics")
+    assert result.exit_code == 0
+    assert result.stdout == (
+        "#\n# POD mantle-identity-1 (1 of 2)\n# CONTAINER identity\n#\n# HELP a\na 1\n"
+        "#\n# POD mantle-viz-2 (2 of 2)\n# CONTAINER viz\n#\nb 2\\x1b\n"
+    )
+    as_json = asked(monkeypatch, answers, "cp-metrics", "-n", "mesh", "-o", "json")
+    assert json.loads(as_json.stdout)["mesh/mantle-identity-1/identity"] == "# HELP a\na 1\n"
+
+
+def test_a_component_that_does_not_answer_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    denied = Refused(Answer(403, "Forbidden", "pods is forbidden", None))
+    answers = {"mantle-identity-1": denied, "mantle-destination-1": Failure("it is gone"), "mantle-viz-2": "b 2\n"}
+    result = asked(monkeypatch, answers, "controller-metrics")
+    assert "# CONTAINER viz\n#\nb 2\n" in result.stdout
+    assert result.exit_code == 1
+    assert "mesh/mantle-identity-1: pods is forbidden" in result.stderr
+    assert "this needs `get` on pods/proxy in namespace mesh" in result.stderr
+    assert "mesh/mantle-destination-1: it is gone" in result.stderr
+
+
+def test_admin_ports_are_those_of_the_manifests() -> None:
+    objects = install_objects(InstallValues(tls="optional"), TrustMaterial("-"))
+    found = {
+        container["name"]: port["containerPort"]
+        for obj in objects
+        if obj["kind"] == "Deployment"
+        for container in obj["spec"]["template"]["spec"]["containers"]
+        for port in container.get("ports", [])
+        if port["name"] == "admin"
+    }
+    assert found == ADMIN_PORTS

@@ -60,6 +60,15 @@ def test_diagnostics_say_what_proxies_are_told(emojivoto: Cluster) -> None:
 
     until(metrics, "the metrics of one pod")
 
+    def of_the_control_plane() -> bool:
+        said = emojivoto.mantle("diagnostics", "controller-metrics")
+        found = re.findall(r"#\n# POD mantle-(\w+)-\S+ \(\d of \d\)\n# CONTAINER (\w+)\n#\n", said)
+        assert {pod for pod, _ in found} == {container for _, container in found}, found
+        assert {"identity", "destination", "viz", "injector"} <= {container for _, container in found}, found
+        return "mantle_identity_certify_total{" in said and "proxy_inject_admission_requests_total{" in said
+
+    until(of_the_control_plane, "the metrics of every component")
+
 
 def test_a_user_is_refused_with_the_command_that_grants_it(emojivoto: Cluster) -> None:
     tap = "mantle tap pods -n emojivoto --as alice 2>&1"

@@ -204,6 +204,11 @@ def test_what_else_is_seen(root_host: Any, mantle_proxy: Path) -> None:
             assert identity[0]["spiffe_id"] == "spiffe://cluster.local/ns/emojivoto/sa/web"
             await mantle("identity curl", code=1)
 
+            said = await mantle("diagnostics controller-metrics")
+            for component, family in (("identity", "mantle_identity_certify_total"), ("viz", "mantle_viz_open_taps")):
+                head = rf"#\n# POD mantle-{component}-\S+ \(\d of 3\)\n# CONTAINER {component}\n#\n(?s:.*)\n{family}"
+                assert re.search(head, said), said[:500]
+
             rows = {row["name"]: row for row in json.loads(await mantle("stat deploy -n emojivoto -o json"))}
             assert rows["emoji"]["tls"] == 1.0 and 0 < rows["web"]["tls"] < 1 and rows["web"]["meshed"] == "1/1"
 

@@ -20,6 +20,7 @@ from mantle.cli.checks import Finding, Result, Validity
 from mantle.cli.checks_cluster import Api, Mesh, Trust, Wish
 from mantle.cli.checks_objects import Listed, Object, Unread, labels_of, name_of
 from mantle.cli.checks_pods import Data
+from mantle.cli.controller_metrics import ADMIN_PORTS
 from mantle.cli.kube_client import KubeClient, Refused
 from mantle.cli.output import Failure
 from mantle.cli.target import Cluster
@@ -70,7 +71,7 @@ RIGHTS = (
 REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 SERVERS = ("injector", "viz")
 API_SERVICE = "v1alpha1.tap.mantle.dev"
-IDENTITY_ADMIN = 9990
+IDENTITY_ADMIN = ADMIN_PORTS["identity"]
 WAITED_FOR = frozenset(
     {"control-ready", "identity-ready", "injector-webhook", "injector-bundle", "injector-certificate", "views-api",
      "viz-bundle", "viz-certificate", "views-answer", "proxy-ready", "leaf-there", "traffic-known"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,6 +125,38 @@ def proxy_metrics(flags: Globals, resource: tuple[str, ...]) -> None:
         raise Failure.of(problems)
 
 
+@mesh_command("controller-metrics")
+def controller_metrics(flags: Globals) -> None:
+    """What the programs of the control plane measure, as Prometheus reads it.
+
+    On a cluster -n names the control plane's namespace; the programs are asked through the API server (`get` on
+    pods/proxy there).
+    """
+    from mantle.cli import controller_metrics as metrics
+    from mantle.cli.target import Cluster
+
+    output = flags.output_of("table", "json")
+    mesh = target(flags, json=output == "json")
+    if isinstance(mesh, Cluster):
+        from mantle.cli.cluster_facts import control_namespaces
+        from mantle.cli.upgrade import the_one
+
+        namespace = flags.namespace or the_one(control_namespaces(mesh.client))
+        measured = list(metrics.of_cluster(mesh.client, namespace))
+        if not measured:
+            raise Failure(f"no control plane runs in namespace {namespace}", "name its namespace with -n")
+    else:
+        measured = list(metrics.of_machine(mesh.client))
+    if output == "json":
+        write(json_text(metrics.as_json(measured)))
+    else:
+        for number, one in enumerate(measured, 1):
+            head = f"#\n# POD {escape(one.pod)} ({number} of {len(measured)})\n# CONTAINER {escape(one.container)}\n#\n"
+            write(head + (f"# {escape(one.problem)}\n" if one.problem else escape(one.text, keep="\n\t")))
+    if problems := [Problem(f"{m.namespace}/{m.pod}: {m.problem}", m.fix) for m in measured if m.problem]:
+        raise Failure.of(problems)
+
+
 def _asked(flags: Globals, view: str, what: Resource, *, json: bool, **query: int) -> Any:
     """The answer of a view of pods for the resource that was named."""
     fields: dict[str, str | int] = {"resource": what.kind, "name": what.name, **query}
@@ -139,6 +172,13 @@ def _by_pod(pods: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
     return {f"{pod['namespace']}/{pod['pod']}": pod.get(key, {"error": pod.get("error")}) for pod in pods}
 
 
+def _hidden(meant: click.Command) -> click.Command:
+    """The same command, not listed in the help: for an alias."""
+    alias = copy.copy(meant)
+    alias.hidden = True
+    return alias
+
+
 def _problems(pods: Sequence[Mapping[str, Any]]) -> list[Problem]:
     return [
         Problem(f"{pod['namespace']}/{pod['pod']}: {pod['error']}", "see the log of its container mantle-proxy")
@@ -147,5 +187,7 @@ def _problems(pods: Sequence[Mapping[str, Any]]) -> list[Problem]:
     ]
 
 
-for subcommand in (endpoints, policy, proxy_metrics):
+for subcommand in (endpoints, policy, proxy_metrics, controller_metrics):
     command.add_command(subcommand)
+for alias, meant in (("ep", endpoints), ("cp-metrics", controller_metrics)):
+    command.add_command(_hidden(meant), alias)
