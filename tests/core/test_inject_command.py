@@ -319,3 +319,45 @@ def test_the_same_key_twice_is_a_broken_document_and_says_where():
     result = inject(twice)
     assert result.return_value == 1 and result.stdout == twice
     assert "× stdin:10: this is not YAML: " in result.stderr and "duplicate key" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("metadata", "spec", "says"),
+    [
+        ("{name: a}", "{containers: [null]}", "spec.containers[0]: 'None' is not accepted; use a mapping"),
+        ("{name: a}", "{containers: x}", "spec.containers: 'x' is not accepted; use a list"),
+        ("{name: a}", "{containers: [{ports: [8080]}]}", "spec.containers[0].ports[0]: '8080' is not accepted"),
+        (
+            "{name: a}",
+            "{containers: [{ports: [{name: x}]}]}",
+            "ports[0].containerPort: 'None' is not accepted; use a number",
+        ),
+        (
+            "{name: a}",
+            "{containers: [{livenessProbe: [1]}]}",
+            "spec.containers[0].livenessProbe: '[1]' is not accepted",
+        ),
+        ("{name: a}", "{volumes: {a: b}}", "spec.volumes: "),
+        ("{name: a}", "[1]", "spec is missing"),
+        ("{name: a, annotations: [x]}", "{}", "metadata.annotations: "),
+        ("x", "{}", "metadata: 'x' is not accepted; use a mapping"),
+    ],
+)
+def test_a_pod_of_another_form_is_a_failure_and_no_obstacle(
+    metadata: str, spec: str, says: str, tmp_path: Path
+) -> None:
+    bad = f"apiVersion: v1\nkind: Pod\nmetadata: {metadata}\nspec: {spec}\n"
+    (tmp_path / "ca.crt").write_text("PEM\n")
+    for arguments in ([], ["--manual", "--trust-anchors", str(tmp_path / "ca.crt")]):
+        result = inject(f"{bad}---\n{WEB}", *arguments, "-")
+        assert result.return_value == 1 and says in result.stderr, result.stderr
+        assert result.stdout.startswith(bad) and 'deployment "web" injected' in result.stderr
+
+
+@pytest.mark.parametrize("empty", ["initContainers", "volumes", "securityContext", "containers"])
+def test_what_is_there_and_empty_is_as_if_it_were_not(empty: str, tmp_path: Path) -> None:
+    (tmp_path / "ca.crt").write_text("PEM\n")
+    said = 'metadata: {name: a, annotations: {config.mantle.dev/close-wait-timeout: "5"}}'
+    text = f"apiVersion: v1\nkind: Pod\n{said}\nspec:\n  {empty}:\n"
+    result = inject(text, "--manual", "--enable-debug-sidecar", "--trust-anchors", str(tmp_path / "ca.crt"), "-")
+    assert result.return_value == 0 and 'pod "a" injected' in result.stderr, result.stderr

@@ -56,6 +56,7 @@ from mantle.core.pod_facts import (
     containers,
     has_udp_ports,
     inbound_ports,
+    misshapen,
     obstacles,
     opaque_ports,
     probed_ports,
@@ -104,15 +105,17 @@ def inject_pod(
     not known). `owner`: (kind, name) of the workload, for labels. A pod that Mantle injected before is made anew from
     what it was, so the function can be applied to its own result.
     """
+    if wrong := misshapen(pod):
+        return Refused(wrong)
     result = uninject_pod(pod)
-    metadata: Object = result.setdefault("metadata", {})
+    metadata: Object = _mapping(result, "metadata")
     ns_metadata = namespace.get("metadata") or {}
     own, inherited = metadata.get("annotations") or {}, ns_metadata.get("annotations") or {}
 
     wanted = _wanted(own, inherited, values.inject_by_default)
     if isinstance(wanted, Mistake):
         return Refused((wanted,))
-    spec: Object = result.setdefault("spec", {})
+    spec: Object = _mapping(result, "spec")
     reasons = tuple(reason for reason in (wanted, *obstacles(spec)) if reason is not None)
     if reasons:
         return Skipped(reasons)
@@ -142,11 +145,11 @@ def inject_pod(
     first = redirect(config, values, values.api_server if component else "")
     add_containers(spec, first, proxy, config, component)
     if config.get("enable-debug-sidecar", False):
-        spec["containers"].append(debug_container(config, values))
+        spec["containers"] = [*(spec.get("containers") or []), debug_container(config, values)]
     spec["volumes"] = [*(spec.get("volumes") or []), *volumes(values)]
     if (timeout := config.get("close-wait-timeout")) is not None:
-        context = spec.setdefault("securityContext", {})
-        context["sysctls"] = [*context.get("sysctls", []), _close_wait(timeout)]
+        context = _mapping(spec, "securityContext")
+        context["sysctls"] = [*(context.get("sysctls") or []), _close_wait(timeout)]
 
     metadata["labels"] = {**labels, **_labels(metadata, ns_metadata, values, owner)}
     metadata["annotations"] = {
@@ -213,7 +216,7 @@ def uninject_pod(pod: Mapping[str, Any]) -> Object:
     if (timeout := annotations.get(f"{PREFIX}close-wait-timeout")) is not None:
         _without_sysctl(spec, _close_wait(timeout))
     for key in ("containers", "initContainers"):
-        if key in spec:
+        if spec.get(key) is not None:
             spec[key] = [c for c in spec[key] if c.get("name") not in OURS]
             if not spec[key] and key == "initContainers":
                 del spec[key]
@@ -235,13 +238,21 @@ def uninject_pod(pod: Mapping[str, Any]) -> Object:
     return result
 
 
+def _mapping(of: Object, key: str) -> Object:
+    """The mapping there, made if there is none: YAML's `key:` is null."""
+    if of.get(key) is None:
+        of[key] = {}
+    found: Object = of[key]
+    return found
+
+
 def _close_wait(seconds: object) -> Object:
     return {"name": "net.netfilter.nf_conntrack_tcp_timeout_close_wait", "value": str(seconds)}
 
 
 def _without_sysctl(spec: Object, sysctl: Object) -> None:
     context = spec.get("securityContext") or {}
-    if sysctl in context.get("sysctls", []):
+    if sysctl in (context.get("sysctls") or []):
         context["sysctls"] = [each for each in context["sysctls"] if each != sysctl]
         if not context["sysctls"]:
             del context["sysctls"]

@@ -24,7 +24,7 @@ from mantle.core.annotations import (
 )
 from mantle.core.inject import Injected, Refused, inject_pod, uninject_pod
 from mantle.core.inject_containers import PROXY
-from mantle.core.pod_facts import Skip, containers, has_udp_ports, obstacles
+from mantle.core.pod_facts import Skip, containers, has_udp_ports, misshapen, obstacles
 from mantle.core.proxy_env import Values
 
 TEMPLATE_PATHS: Mapping[str, tuple[str, ...]] = {
@@ -102,7 +102,9 @@ def _items(obj: Any, path: tuple[str | int, ...] = ()) -> Iterator[_Item | None]
         for index, item in enumerate(obj["items"]):
             yield from _items(item, (*path, "items", index))
         return
-    metadata = obj.get("metadata") or {}
+    metadata = obj.get("metadata")
+    if not isinstance(metadata, Mapping):
+        metadata = {}
     yield _Item(obj, kind, str(metadata.get("name") or metadata.get("generateName") or ""), path)
 
 
@@ -124,6 +126,8 @@ def _inject(item: _Item, wish: Wish, namespaces: Mapping[str, Mapping[str, Any]]
         return _inject_workload(item.obj, item.kind, item.name, wish, namespaces, item.path)
     else:
         return Report(item.kind.lower(), item.name, Verdict.SKIPPED)
+    if wrong := misshapen({"metadata": item.obj.get("metadata")}):
+        return Report(item.kind.lower(), item.name, Verdict.FAILED, mistakes=wrong)
     _annotate(item.obj, written)
     return Report(item.kind.lower(), item.name, Verdict.ANNOTATED, path=item.path, annotations=written)
 
@@ -143,6 +147,8 @@ def _inject_workload(
     if not isinstance(template, MutableMapping) or not isinstance(template.get("spec"), MutableMapping):
         where = ".".join((*TEMPLATE_PATHS[kind], "spec"))
         return Report(lower, name, Verdict.FAILED, error=f"{where} is missing: there is no pod to inject")
+    if wrong := misshapen(template):
+        return Report(lower, name, Verdict.FAILED, mistakes=wrong)
     if any(container.get("name") == PROXY for container in containers(template["spec"])):
         _replace(template, uninject_pod(template))
     own = (template.get("metadata") or {}).get("annotations") or {}
@@ -201,7 +207,11 @@ def _uninject(item: _Item) -> Report:
         holder = holder.get(step) if isinstance(holder, Mapping) else None
     known = kind in TEMPLATE_PATHS or kind in ("Namespace", "Service")
     metadata = holder.get("metadata") if isinstance(holder, MutableMapping) else None
-    if not known or not isinstance(metadata, MutableMapping) or LABEL_COMPONENT in (metadata.get("labels") or {}):
+    if not known or not isinstance(metadata, MutableMapping):
+        return Report(kind.lower(), name, Verdict.SKIPPED)
+    if misshapen(holder if kind in TEMPLATE_PATHS else {"metadata": metadata}):
+        return Report(kind.lower(), name, Verdict.SKIPPED)  # nothing that Mantle wrote
+    if LABEL_COMPONENT in (metadata.get("labels") or {}):
         return Report(kind.lower(), name, Verdict.SKIPPED)
     rendered = False
     if isinstance(holder.get("spec"), Mapping) and kind in TEMPLATE_PATHS:

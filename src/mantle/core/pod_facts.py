@@ -9,7 +9,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mantle.core.annotations import INJECT, Config, named_ranges, spelled
+from mantle.core.annotations import INJECT, Config, Mistake, named_ranges, spelled
 
 DEFAULT_OPAQUE = (25, 587, 3306, 4444, 5432, 6379, 9300, 11211)
 """Protocols whose server speaks first: SMTP, MySQL, Galera, PostgreSQL, Redis, Elasticsearch, memcached."""
@@ -58,6 +58,49 @@ class Skip(enum.StrEnum):
             Skip.NOT_ENABLED: f'neither the namespace nor the pod have the annotation "{INJECT}:enabled"',
             Skip.DISABLED: f'pod has the annotation "{INJECT}:disabled"',
         }[self]
+
+
+_PROBE = {way: dict[str, Any]() for way in ("httpGet", "tcpSocket", "grpc")}
+_CONTAINER: Mapping[str, Any] = {
+    "securityContext": {},
+    "ports": [{"containerPort": int}],
+    **dict.fromkeys(("startupProbe", "readinessProbe", "livenessProbe"), _PROBE),
+}
+_SHAPE: Mapping[str, Any] = {
+    "metadata": {"labels": {}, "annotations": {}},
+    "spec": {
+        "securityContext": {"sysctls": [{}]},
+        "volumes": [{}],
+        "initContainers": [_CONTAINER],
+        "containers": [_CONTAINER],
+    },
+}
+"""What injection reads of a pod: mappings, lists of mappings, and numbers that must be there."""
+
+
+def misshapen(pod: Mapping[str, Any]) -> tuple[Mistake, ...]:
+    """Everything in a pod that is not of the form that Kubernetes gives it, as far as injection looks. A file may hold
+    anything; the API server sends none of these.
+    """
+    return tuple(_misshapen(pod, _SHAPE, ""))
+
+
+def _misshapen(value: Any, shape: Any, path: str) -> Iterator[Mistake]:
+    if shape is int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            yield Mistake(path, str(value)[:100], "a number")
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield Mistake(path, str(value)[:100], "a list")
+            return
+        for index, item in enumerate(value):
+            yield from _misshapen(item, shape[0], f"{path}[{index}]")
+    elif not isinstance(value, Mapping):
+        yield Mistake(path or "pod", str(value)[:100], "a mapping")
+    else:
+        for key, inner in shape.items():
+            if inner is int or value.get(key) is not None:
+                yield from _misshapen(value.get(key), inner, f"{path}.{key}" if path else key)
 
 
 def obstacles(spec: Mapping[str, Any]) -> Iterator[Skip]:
