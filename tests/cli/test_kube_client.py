@@ -58,6 +58,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         missing = self.path.startswith("/missing")
         data = json.dumps({"message": "no such thing"} if missing else {"path": self.path}).encode()
+        if self.path == "/deep":
+            data = b'{"kind": "Pod", "managedFields": ' + b'{"f:a":' * 9000 + b"{}" + b"}" * 9000 + b"}"
         self.send_response(404 if missing else 200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -141,3 +143,8 @@ def test_a_connection_that_was_idle_for_long_is_not_used_again(
     client.get("/a")
     client.get("/b")
     assert server.connections == [["GET /a"], ["GET /b"]]
+
+
+def test_what_somebody_nested_deep_where_nobody_looks_is_read_over(server: ApiServer) -> None:
+    """As any user may write the managedFields of an object of theirs."""
+    assert server.client().get("/deep")["kind"] == "Pod"

@@ -93,7 +93,7 @@ class KubeClient:
         with self.answer(method, path, query, body, ANSWER_SECONDS) as response:
             try:
                 data = response.read()
-                return json.loads(data) if data else None
+                return _decoded(data) if data else None
             except (OSError, HTTPException, ValueError) as error:
                 raise Failure(f"{self.access.server} gave an answer that cannot be read: {error}") from error
 
@@ -181,6 +181,16 @@ class KubeClient:
             url.hostname or "", url.port or 443, timeout=CONNECT_SECONDS, context=self._context,
             name=access.tls_server_name or url.hostname or "",
         )  # fmt: skip
+
+
+def _decoded(data: bytes) -> Any:
+    """Any JSON. An object of somebody's may be nested by the thousand where nobody looks (`managedFields`)."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        from mantle.platform.kubernetes.reading import shallow
+
+        return json.loads(shallow(data))
 
 
 class _NamedConnection(HTTPSConnection):
