@@ -431,6 +431,9 @@ def test_annotations_of_services_that_nobody_follows(annotations: dict[str, str]
         (replace(DATA, pods=[pod("web")], summary=summary(certificates={"shop/web-1": {
             "refreshed": NOW.timestamp() - 85_000, "expires": NOW.timestamp() + 1_400}})),
          {"leaf-renewal": ("warning", "shop/web-1: expires at 2026-11-24T12:23:20Z and is not renewed yet")}),
+        # Its metrics were read while it took its first certificate.
+        (replace(DATA, pods=[pod("web")], summary=summary(certificates={"shop/web-1": {"expires": 2.0}})),
+         {"leaf-there": ("error", "shop/web-1")}),
         (replace(DATA, summary=summary(scrape_age_seconds=None)), {"traffic-known": ("error", "never asked")}),
         (replace(DATA, summary=summary(failing={"shop/web-1": "refused"})),
          {"traffic-known": ("error", "shop/web-1: refused")}),

@@ -147,7 +147,7 @@ def test_an_applications_people_see_their_namespace_and_no_more(api_server: ApiS
     dev = api_server.kubeconfig_of(namespace, "dev")
     asking = "check", "--proxy", "-n", namespace, "-o", "json"
     # The API server learns of a new binding a moment after it was made.
-    eventually(lambda: "pods-labels" in checked(mantle(api_server, *asking, kubeconfig=dev)))
+    eventually(lambda: "pods-labels" in checked(mantle(api_server, *asking, kubeconfig=dev)), 60)
     found = checked(mantle(api_server, *asking, kubeconfig=dev))
     assert found["install-config"][0] == "warning" and "forbidden" in found["install-config"][1]
     assert found["pods-labels"] == ("warning", f"pod {namespace}/web has it as a label"), "its pods were read"

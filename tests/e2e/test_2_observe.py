@@ -116,10 +116,12 @@ def test_stat_by_authority_has_the_columns_of_the_seed_and_everything_is_tls(emo
 
 def test_stat_counts_meshed_pods(emojivoto: Cluster) -> None:
     def seen() -> bool:
-        found = json.loads(emojivoto.mantle("stat", "deploy", "-n", "emojivoto", "-o", "json"))
-        return bool(found)
+        rows = json.loads(emojivoto.mantle("stat", "deploy", "-n", "emojivoto", "-o", "json"))
+        return {row["name"]: row["meshed"] for row in rows} == dict.fromkeys(
+            ("emoji", "voting", "web", "vote-bot"), "1/1"
+        )
 
-    until(seen, "stat as JSON")
+    until(seen, "one pod of each, in the mesh")
 
 
 def test_identity_shows_the_certificate_that_a_pod_serves(emojivoto: Cluster) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +64,16 @@ def names(cluster: Cluster) -> list[str]:
     return [pod["metadata"]["name"] for pod in cluster.pods("mantle", "mantle-identity")]
 
 
-def test_a_slow_clock_of_identity_is_no_trouble(space: Cluster) -> None:
+def test_a_slow_clock_of_identity_is_no_trouble_and_check_measures_it(space: Cluster) -> None:
+    def measured() -> bool:
+        said = json.loads(space.mantle("check", "-o", "json", code=None))
+        checks = {check["id"]: check for category in said["categories"] for check in category["checks"]}
+        found = checks["clock-identity"]
+        return re.match(r"identity is (29\d|30\d) s behind the API server", found.get("error", "")) is not None
+
     with identity_off_by(space, "-300s"):
         space.rolled_out("mantle", "mantle-identity")
+        until(measured, "check says how far identity's clock is behind")
         new_pod(space)
         space.kubectl("wait", "-n", NAMESPACE, "pod/new", "--for=condition=Ready", "--timeout=90s")
 

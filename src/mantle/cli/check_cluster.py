@@ -21,7 +21,7 @@ from mantle.cli.checks_cluster import Api, Mesh, Trust, Wish
 from mantle.cli.checks_objects import Listed, Object, Unread, labels_of, name_of
 from mantle.cli.checks_pods import Data
 from mantle.cli.controller_metrics import ADMIN_PORTS
-from mantle.cli.kube_client import KubeClient, Refused
+from mantle.cli.kube_client import ANSWER_SECONDS, KubeClient, Refused
 from mantle.cli.output import Failure
 from mantle.cli.target import Cluster
 from mantle.core.annotations import LABEL_COMPONENT
@@ -194,7 +194,7 @@ class _Ask:
         """Raises `Failure` if there is no API server, or it does not let this user in."""
         before = datetime.now(UTC)
         try:
-            with self.client.answer("GET", "/version", None, None, 10.0) as response:
+            with self.client.answer("GET", "/version", None, None, ANSWER_SECONDS) as response:
                 date, body = response.headers.get("Date"), response.read()
         except Refused as refused:
             raise Failure(

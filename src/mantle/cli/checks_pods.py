@@ -267,7 +267,7 @@ def _leaves(inside: Sequence[Object], summary: Object, now: datetime) -> list[Fi
             continue  # said already: it is not ready
         if found is None and (began := running_since(pod)) is not None and now - began < YOUNG:
             continue
-        if found is None or not found.get("expires"):
+        if found is None or not (found.get("expires") and found.get("refreshed")):
             if labels_of(pod).get(LABEL_TLS) != OPTIONAL:
                 none.append(full_of(pod))
             continue
