@@ -21,6 +21,9 @@ from mantle.cli.checks_pods import Data
 from mantle.cli.main import cli
 from mantle.core.inject import Injected, inject_pod
 from mantle.core.proxy_env import Values
+from mantle.manifests.config import InstallValues
+from mantle.manifests.inventory import KINDS
+from mantle.manifests.render import TrustMaterial, install_objects
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "check.md"
@@ -163,6 +166,11 @@ def crashing(component: str) -> dict[str, Any]:
 )  # fmt: skip
 def test_the_installation(mesh: Mesh, expected: dict[str, tuple[str, str]]) -> None:
     assert problems(checks_cluster.installation(mesh)) == expected
+
+
+def test_check_knows_where_every_kind_of_an_installation_is_listed() -> None:
+    everything = install_objects(InstallValues(ha=True, tls="optional"), TrustMaterial("-", "-", "-"))
+    assert {obj["kind"] for obj in everything} <= {kind.kind for kind in KINDS}
 
 
 # ---- certificates ----

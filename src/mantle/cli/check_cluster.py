@@ -34,21 +34,8 @@ if TYPE_CHECKING:
 
 Category = tuple[str, Sequence[Finding]]
 
-RBAC = "/apis/rbac.authorization.k8s.io/v1"
-LISTS: Mapping[str, str] = {
-    "APIService": "/apis/apiregistration.k8s.io/v1/apiservices",
-    "ClusterRole": f"{RBAC}/clusterroles",
-    "ClusterRoleBinding": f"{RBAC}/clusterrolebindings",
-    "ConfigMap": "/api/v1/configmaps",
-    "Deployment": "/apis/apps/v1/deployments",
-    "MutatingWebhookConfiguration": "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations",
-    "PodDisruptionBudget": "/apis/policy/v1/poddisruptionbudgets",
-    "Role": f"{RBAC}/roles",
-    "RoleBinding": f"{RBAC}/rolebindings",
-    "Service": "/api/v1/services",
-    "ServiceAccount": "/api/v1/serviceaccounts",
-}
-"""Where the objects of an installation are listed."""
+WEBHOOKS = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"
+API_SERVICES = "/apis/apiregistration.k8s.io/v1/apiservices"
 RIGHTS = (
     ("create", "", "namespaces", ""),
     ("create", "rbac.authorization.k8s.io", "clusterroles", ""),
@@ -91,7 +78,7 @@ def pre(cluster: Cluster, namespace: str) -> list[Category]:
         namespace,
         ask.list("/api/v1/namespaces"),
         deployments,
-        ask.list(LISTS["MutatingWebhookConfiguration"]),
+        ask.list(WEBHOOKS),
         wishes,
         _aggregation(ask),
     )
@@ -112,7 +99,7 @@ def installed(cluster: Cluster, home: str | None, only: str | None, *, proxies: 
     roots = ask.get(f"/api/v1/namespaces/{namespace}/configmaps/mantle-identity-trust-roots")
     values = _values(config)
     roots_pem = _text(roots, "ca-bundle.crt")
-    mesh = _mesh(ask, namespace, values, roots_pem, only)
+    mesh = _mesh(ask, api, namespace, values, roots_pem, only)
     categories: list[Category] = [first, ("installation", checks_cluster.installation(mesh))]
     now = datetime.now(UTC)
     if isinstance(values, Unread):
@@ -263,16 +250,17 @@ def _yaml(text: str) -> Mapping[str, Any]:
     return parsed
 
 
-def _mesh(ask: _Ask, namespace: str, values: InstallValues | Unread, roots: str | Unread, only: str | None) -> Mesh:
+def _mesh(
+    ask: _Ask, api: Api, namespace: str, values: InstallValues | Unread, roots: str | Unread, only: str | None
+) -> Mesh:
+    from mantle.manifests.facts import ADMISSION_POLICIES
     from mantle.manifests.render import PART_OF, PART_OF_VALUE, TrustMaterial, identify, install_objects
 
     if isinstance(values, Unread):
         return Mesh(namespace, mantle.__version__, values, "", False, "", (), frozenset(), (), (), only)
-    expected = [
-        identify(obj)
-        for obj in install_objects(values, TrustMaterial("" if isinstance(roots, Unread) else roots, emit_roots=False))
-        if PART_OF in obj["metadata"]["labels"]
-    ]
+    trust = TrustMaterial("" if isinstance(roots, Unread) else roots, emit_roots=False)
+    made = install_objects(values, trust, admission_policies=api.number >= ADMISSION_POLICIES)
+    expected = [identify(obj) for obj in made if PART_OF in obj["metadata"]["labels"]]
     return Mesh(
         namespace=namespace,
         client_version=mantle.__version__,
@@ -288,9 +276,12 @@ def _mesh(ask: _Ask, namespace: str, values: InstallValues | Unread, roots: str 
 
 
 def _present(ask: _Ask, selector: str, kinds: Sequence[str]) -> frozenset[tuple[str, str, str]] | Unread:
+    from mantle.manifests.inventory import KINDS
+
+    paths = {kind.kind: kind.path for kind in KINDS}
     found = set()
     for kind in kinds:
-        listed = ask.list(LISTS[kind], selector)
+        listed = ask.list(paths[kind], selector)
         if isinstance(listed, Unread):
             return listed
         found |= {(kind, obj["metadata"].get("namespace", ""), name_of(obj)) for obj in listed}
@@ -299,8 +290,8 @@ def _present(ask: _Ask, selector: str, kinds: Sequence[str]) -> frozenset[tuple[
 
 def _trust(ask: _Ask, client: KubeClient, namespace: str, roots: str | Unread, pods: Listed, api: Api) -> Trust:
     issuer, fault = _issuer(ask, namespace, roots)
-    webhooks = ask.list(LISTS["MutatingWebhookConfiguration"])
-    service = ask.get(f"{LISTS['APIService']}/{API_SERVICE}")
+    webhooks = ask.list(WEBHOOKS)
+    service = ask.get(f"{API_SERVICES}/{API_SERVICE}")
     serving: dict[str, Validity | Unread] = {}
     bundles: dict[str, str | Unread] = {}
     for server in SERVERS:

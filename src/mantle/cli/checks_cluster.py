@@ -52,6 +52,12 @@ class Api:
     leases: Listed = ()
     """`kube-node-lease`: when each node last said it lives, by its own clock."""
 
+    @property
+    def number(self) -> tuple[int, ...]:
+        """Major and minor."""
+        parts = self.version.lstrip("v").split(".")[:2]
+        return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:
@@ -106,12 +112,11 @@ class Trust:
 
 def kubernetes(api: Api) -> list[Finding]:
     """Is this a cluster that a mesh can live in, and do its clocks agree?"""
-    number = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in api.version.lstrip("v").split(".")[:2])
     findings = [
         Finding("the Kubernetes API answers", id="api-answers"),
         good_unless(
             "Kubernetes is 1.29 or newer",
-            [] if number >= MINIMUM else [f"found {api.version}"],
+            [] if api.number >= MINIMUM else [f"found {api.version}"],
             "upgrade the cluster: native sidecars begin with 1.29",
             id="api-version",
         ),
