@@ -4,6 +4,7 @@ The daemon, and the init of a container, have rights that the application has no
 such a volume must be the volume's own.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from machine_play import python
 
+from mantle.platform.machine.container import keep_what_is_ours
 from mantle.platform.machine.podfiles import write_volumes
 from mantle.platform.machine.spec import MountSpec, Restart
 from mantle.platform.machine.volumes import Volume
@@ -107,3 +109,26 @@ except OSError as error: print("sees nothing", error)
                     assert mesh.log(uid, "app") == ["sees []"]
 
     host.play(scene)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize(("mode", "kept"), [(0o755, 1), (0o744, 1), (0o700, 0), (0o711, 0)])
+def test_a_script_is_handed_on_to_who_may_read_it(mode: int, kept: int, tmp_path: Path) -> None:
+    """Opened as root, through directories that its user cannot enter, maybe by a link that was there for a moment."""
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(mode)
+    opened = os.open(script, os.O_RDONLY)
+    os.set_inheritable(opened, True)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(12345, 12345, 12345)
+            os.setresuid(12345, 12345, 12345)
+            keep_what_is_ours(opened)
+            os._exit(int(os.get_inheritable(opened)))
+        finally:
+            os._exit(9)
+    os.close(opened)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == kept

@@ -219,6 +219,7 @@ def _become(place: Place, spec: ContainerSpec, program: int, out: int, err: int)
     os.dup2(out, 1)
     os.dup2(err, 2)
     give_up_rights(place, spec)
+    keep_what_is_ours(program)
     os.chdir(spec.cwd)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     env = dict(spec.env)
@@ -232,6 +233,14 @@ def _become(place: Place, spec: ContainerSpec, program: int, out: int, err: int)
                 raise OSError(f"{by_path.strerror}: {spec.argv[0]}, or the interpreter it names") from None
             raise by_path from None
     os._exit(START_FAILED)
+
+
+def keep_what_is_ours(program: int) -> None:
+    """A descriptor outlives `exec` only for a script that its user may read. It was opened with all rights: whoever may
+    write beside the program could have led us to another file for that moment.
+    """
+    if os.get_inheritable(program) and not os.access(f"/proc/self/fd/{program}", os.R_OK):
+        os.set_inheritable(program, False)
 
 
 def give_up_rights(place: Place, spec: ContainerSpec) -> None:
