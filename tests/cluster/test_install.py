@@ -192,7 +192,7 @@ def test_a_second_install_changes_nothing_and_keeps_the_trust(installed: ApiServ
 
 def test_what_the_injector_writes_into_its_webhooks_survives_an_upgrade(changed: ApiServer):
     bundle = data(changed, "secret", "mantle-identity-issuer")["crt.pem"]  # some PEM in base64
-    patch = [{"op": "add", "path": f"/webhooks/{i}/clientConfig/caBundle", "value": bundle} for i in (0, 1)]
+    patch = [{"op": "add", "path": f"/webhooks/{i}/clientConfig/caBundle", "value": bundle} for i in range(3)]
     changed.kubectl("patch", "mutatingwebhookconfiguration", "mantle-injector", "--type=json", "-p", json.dumps(patch))
     upgrade = printed(changed, "upgrade")
     assert changed.kubectl("diff", "-f", "-", input=upgrade) == ""
