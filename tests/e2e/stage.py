@@ -232,7 +232,7 @@ def until(look: Callable[[], T], what: str, seconds: float = PATIENCE) -> T:
             if seen := look():
                 return seen
             last = repr(seen)
-        except (AssertionError, LookupError, StopIteration) as failed:
+        except (AssertionError, LookupError, StopIteration, ValueError) as failed:
             last = f"{type(failed).__name__}: {failed}" if not isinstance(failed, AssertionError) else str(failed)
         if time.monotonic() > end:
             raise AssertionError(f"{what}: not within {seconds:.0f} s; last seen: {last[-1500:]}")

@@ -10,6 +10,7 @@ import pytest
 from e2e.stage import EMOJIVOTO, Cluster, until
 from page_blocks import blocks, desk, pages
 
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 NAMESPACE = "shop"
 (PAGE,) = pages("optional")
 INSTALL, MIGRATE, LEAVE = blocks(PAGE, "optional")
@@ -27,13 +28,14 @@ def weak(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         cluster.rolled_out(NAMESPACE)
         yield cluster
     finally:
-        cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", timeout=180)
+        cluster.deleted("namespace", NAMESPACE)
         cluster.apply(cluster.mantle("upgrade", "--tls=required"))
         gone = ["deployment/mantle-ca", "serviceaccount/mantle-ca", "role/mantle-ca", "rolebinding/mantle-ca"]
         cluster.kubectl("-n", "mantle", "delete", "--ignore-not-found", *gone, "secret/mantle-ca")
         cluster.kubectl("-n", "mantle", "delete", "--ignore-not-found", "secret/mantle-viz-deployment-tls-mantle")
         cluster.kubectl("delete", "--ignore-not-found", "clusterrole/mantle-ca", "clusterrolebinding/mantle-ca")
         cluster.rolled_out("mantle")
+        cluster.injecting()
 
 
 def tls_column(cluster: Cluster) -> dict[str, str]:
@@ -59,17 +61,17 @@ def test_stat_shows_that_all_of_it_is_tls(weak: Cluster) -> None:
     def all_tls() -> bool:
         columns = tls_column(weak)
         wanted = {f"{s}.{NAMESPACE}:{p}" for s, p in (("emoji-svc", 8080), ("voting-svc", 8080), ("web-svc", 80))}
-        return wanted <= set(columns) and all(columns[name] == "100%" for name in wanted)
+        assert wanted <= set(columns) and all(columns[name] == "100%" for name in wanted), columns
+        return True
 
-    until(all_tls, "100% TLS for each service", seconds=240)
+    until(all_tls, "100% TLS for each service", seconds=400)
 
 
 def test_tap_sees_it(weak: Cluster) -> None:
-    def tapped() -> bool:
-        said = weak.run("timeout", "10", "mantle", "tap", "deploy/web", "-n", NAMESPACE, code=None)
-        return any(line.startswith("req ") and "tls=true" in line for line in said.splitlines())
+    def tls(lines: list[str]) -> bool:
+        return any(line.startswith("req ") and "tls=true" in line for line in lines)
 
-    until(tapped, "a request with tls=true", seconds=60)
+    weak.watched("mantle", "tap", "deploy/web", "-n", NAMESPACE, enough=tls)
 
 
 def test_check_says_that_it_is_weaker(weak: Cluster) -> None:
@@ -87,30 +89,36 @@ def test_check_says_that_it_is_weaker(weak: Cluster) -> None:
 
 def test_one_command_moves_all_of_it_to_the_default_mode(weak: Cluster) -> None:
     """The command itself waits for each rolling update; what it made to bridge the two modes is gone afterwards."""
-    said = weak.run(*MIGRATE.command, timeout=600)
+    said = weak.run(*MIGRATE.command, timeout=800)
     assert "moved: every workload is of the default mode" in said
-    assert weak.get("configmaps", "-n", NAMESPACE, "-l", "mantle.dev/tls=migration")["items"] == []
+    made = weak.get("configmaps", "-n", NAMESPACE, "-l", "mantle.dev/tls=migration")["items"]
+    assert not made, [config["metadata"]["name"] for config in made]
 
     def no_old_pods() -> bool:
         """One that has ended speaks no more, but stays listed until its kubelet has taken it away."""
-        return weak.get("pods", "-n", NAMESPACE, "-l", "mantle.dev/tls=optional")["items"] == []
+        left = weak.get("pods", "-n", NAMESPACE, "-l", "mantle.dev/tls=optional")["items"]
+        assert not left, [pod["metadata"]["name"] for pod in left]
+        return True
 
     until(no_old_pods, "no pod of the experimental mode is left")
 
     def all_tls() -> bool:
         columns = tls_column(weak)
-        return bool(columns) and all(tls == "100%" for tls in columns.values())
+        assert columns and set(columns.values()) == {"100%"}, columns
+        return True
 
-    until(all_tls, "100% TLS in the default mode", seconds=120)
+    until(all_tls, "100% TLS in the default mode", seconds=300)
 
 
 def test_afterwards_the_ca_and_its_secrets_can_go(weak: Cluster) -> None:
-    weak.run(*LEAVE.command, timeout=300)
+    weak.run(*LEAVE.command, timeout=600)
     weak.rolled_out("mantle")
 
     def gone() -> bool:
         deployments = weak.kubectl("get", "deploy", "-n", "mantle", "-o", "name")
         secrets = weak.get("secrets", "-A", "-l", "mantle.dev/tls=optional")["items"]
-        return "mantle-ca" not in deployments and secrets == []
+        left = [secret["metadata"]["name"] for secret in secrets]
+        assert "mantle-ca" not in deployments and not left, (deployments, left)
+        return True
 
     until(gone, "neither the ca nor a Secret of it is left")

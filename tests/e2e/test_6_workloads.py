@@ -19,7 +19,7 @@ NODE_IP = "10.86.0.2"
 PYTHON = next(line.split()[-1] for line in EMOJIVOTO.splitlines() if "image: mantle/emojivoto" in line)
 ASK = """
 import sys, urllib.request
-print(urllib.request.urlopen("http://web-svc.emojivoto/api/list", timeout=20).status, flush=True)
+print(urllib.request.urlopen("http://web-svc.emojivoto/api/list", timeout=60).status, flush=True)
 """
 
 PROBED = """
@@ -41,13 +41,9 @@ server.serve_forever()
 @pytest.fixture(scope="module")
 def space(emojivoto: Cluster) -> Iterator[Cluster]:
     """A namespace that is meshed by its annotation."""
-    meta = {"name": NAMESPACE, "annotations": {"mantle.dev/inject": "enabled"}}
-    emojivoto.apply(json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": meta}))
-    try:
+    with emojivoto.namespace(NAMESPACE, **{"mantle.dev/inject": "enabled"}):
         emojivoto.kubectl("create", "serviceaccount", "team.web", "-n", NAMESPACE)
         yield emojivoto
-    finally:
-        emojivoto.kubectl("delete", "ns", NAMESPACE, "--timeout=90s")
 
 
 def asking(once: bool, **spec: Any) -> dict[str, Any]:
@@ -76,27 +72,28 @@ def test_a_job_completes_beside_its_proxy_and_its_init_container_is_meshed(space
     spec = asking(True, restartPolicy="Never")
     spec["initContainers"] = [spec["containers"][0] | {"name": "first"}]
     apply(space, "Job", "batch/v1", "once", {"backoffLimit": 0, "template": {"spec": spec}})
-    space.kubectl("wait", "-n", NAMESPACE, "job/once", "--for=condition=Complete", "--timeout=120s", timeout=150)
+    space.kubectl("wait", "-n", NAMESPACE, "job/once", "--for=condition=Complete", "--timeout=300s", timeout=330)
     for container in ("first", "ask"):
-        assert space.kubectl("logs", "-n", NAMESPACE, "job/once", "-c", container) == "200\n"
+        said = until(lambda c=container: space.kubectl("logs", "-n", NAMESPACE, "job/once", "-c", c), "its answer")  # type: ignore[misc]
+        assert said == "200\n"
 
 
 def test_an_account_with_dots_and_no_token_has_an_identity(space: Cluster) -> None:
     spec = asking(False, serviceAccountName="team.web", automountServiceAccountToken=False)
     apply(space, "Pod", "v1", "dots", spec)
-    space.kubectl("wait", "-n", NAMESPACE, "pod/dots", "--for=condition=Ready", "--timeout=120s", timeout=150)
+    space.ready(NAMESPACE, "dots")
     until(
         lambda: "automountServiceAccountToken is false, which is fine" in reasons(space, "Pod").get("dots", ""), "said"
     )
-    said = space.mantle("identity", "-n", NAMESPACE, "dots")
-    assert f"team.web.{NAMESPACE}.serviceaccount.identity.mantle.cluster.local" in said
+    identity = f"team.web.{NAMESPACE}.serviceaccount.identity.mantle.cluster.local"
+    until(lambda: identity in space.mantle("identity", "-n", NAMESPACE, "dots"), "its identity")
 
 
 def test_a_classic_sidecar_is_ready_before_the_application_starts(space: Cluster) -> None:
     """Its hook holds the kubelet back: the very first request of the application is answered."""
     classic = {"config.mantle.dev/proxy-enable-native-sidecar": "false"}
     apply(space, "Pod", "v1", "classic", asking(False), **classic)
-    space.kubectl("wait", "-n", NAMESPACE, "pod/classic", "--for=condition=Ready", "--timeout=120s", timeout=150)
+    space.ready(NAMESPACE, "classic")
     spec = space.get("pod", "classic", "-n", NAMESPACE)["spec"]
     assert [c["name"] for c in spec["containers"]] == ["mantle-proxy", "mantle-guard", "ask"]
     assert until(lambda: space.kubectl("logs", "-n", NAMESPACE, "classic", "-c", "ask"), "it has asked") == "200\n"
@@ -155,10 +152,10 @@ def test_probes_reach_an_application_that_takes_meshed_clients_only(space: Clust
 def test_why_a_pod_is_not_meshed_stands_on_it_and_on_its_workload(space: Cluster) -> None:
     template = {"metadata": {"labels": {"app": "host"}}, "spec": asking(False, hostNetwork=True)}
     apply(space, "Deployment", "apps/v1", "host", {"selector": {"matchLabels": {"app": "host"}}, "template": template})
-    (name,) = until(lambda: [p["metadata"]["name"] for p in space.pods(NAMESPACE, "host-")], "its pod")
+    name = space.pod(NAMESPACE, "host-")
     said = "InjectionSkipped: not in the mesh, its traffic is plain: hostNetwork is enabled"
     until(lambda: reasons(space, "Pod").get(name) == said, "the pod's event")
-    assert reasons(space, "Deployment").get("host") == said
+    until(lambda: reasons(space, "Deployment").get("host") == said, "the Deployment's event")
     annotations = space.get("pod", name, "-n", NAMESPACE)["metadata"]["annotations"]
     assert annotations["mantle.dev/injection-skipped"] == "host_network_enabled: hostNetwork is enabled"
     space.kubectl("delete", "deploy", "host", "-n", NAMESPACE)
