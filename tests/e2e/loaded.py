@@ -1,4 +1,4 @@
-"""A pod of the mesh that asks emojivoto's page without end: what plays that break or replace something are measured by.
+"""A pod of the mesh that asks one page without end: by it the plays that break or replace something are measured.
 
 Knows how requests are counted, not what is done meanwhile.
 """
@@ -39,11 +39,11 @@ def has_proxy(cluster: Cluster, namespace: str, name: str) -> bool:
 
 
 @contextmanager
-def loaded(cluster: Cluster, namespace: str) -> Iterator[None]:
+def loaded(cluster: Cluster, namespace: str, url: str = URL) -> Iterator[None]:
     """A namespace that is meshed by its annotation, with the pod `load`; afterwards it is gone."""
     with cluster.namespace(namespace, **{"mantle.dev/inject": "enabled"}):
         program = Path(__file__).with_name("load.py").read_text()
-        cluster.apply(pod(namespace, "load", PYTHON, ["/usr/bin/python3", "-c", program, URL]))
+        cluster.apply(pod(namespace, "load", PYTHON, ["/usr/bin/python3", "-c", program, url]))
         cluster.ready(namespace, "load")
         assert has_proxy(cluster, namespace, "load"), "the namespace's annotation puts its pods into the mesh"
         yield

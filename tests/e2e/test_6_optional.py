@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from e2e.loaded import PYTHON, loaded, no_request_fails
 from e2e.stage import EMOJIVOTO, Cluster, until
 from page_blocks import blocks, desk, pages
 
@@ -15,6 +16,34 @@ NAMESPACE = "shop"
 (PAGE,) = pages("optional")
 INSTALL, MIGRATE, LEAVE = blocks(PAGE, "optional")
 WORKLOADS = ("emoji", "voting", "web", "vote-bot")
+LOAD = "shop-load"
+STEADY = f"""
+apiVersion: v1
+kind: Service
+metadata: {{name: steady, namespace: {NAMESPACE}}}
+spec:
+  selector: {{app: steady}}
+  ports: [{{port: 80, targetPort: 8080}}]
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{name: steady, namespace: {NAMESPACE}}}
+spec:
+  selector: {{matchLabels: {{app: steady}}}}
+  template:
+    metadata: {{labels: {{app: steady}}}}
+    spec:
+      terminationGracePeriodSeconds: 15
+      containers:
+        - name: steady
+          image: {PYTHON}
+          command: [/usr/bin/python3, -m, http.server, "8080", --directory, /etc]
+          readinessProbe: {{httpGet: {{path: /hostname, port: 8080}}, periodSeconds: 1, timeoutSeconds: 10}}
+          lifecycle: {{preStop: {{exec: {{command: [/usr/bin/python3, -c, import time; time.sleep(10)]}}}}}}
+"""
+"""A server that loses nothing in a rolling update: asked only when it answers, and answering while others hear that it
+goes. emojivoto has neither a probe nor a pause.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +116,22 @@ def test_check_says_that_it_is_weaker(weak: Cluster) -> None:
     until(said, "a warning, and proxies that are ready")
 
 
-def test_one_command_moves_all_of_it_to_the_default_mode(weak: Cluster) -> None:
-    """The command itself waits for each rolling update; what it made to bridge the two modes is gone afterwards."""
-    said = weak.run(*MIGRATE.command, timeout=800)
+@pytest.fixture
+def asked(weak: Cluster) -> Iterator[Cluster]:
+    """`steady` in the experimental mode, and a pod of the default mode that asks it without end."""
+    weak.apply(weak.mantle("inject", "--tls=optional", "-", given=STEADY))
+    weak.rolled_out(NAMESPACE, "steady")
+    with loaded(weak, LOAD, f"http://steady.{NAMESPACE}/hostname"):
+        yield weak
+
+
+def test_one_command_moves_all_of_it_to_the_default_mode(asked: Cluster) -> None:
+    """The command itself waits for each rolling update; what it made to bridge the two modes is gone afterwards, and no
+    request was lost.
+    """
+    weak = asked
+    with no_request_fails(weak, LOAD):
+        said = weak.run(*MIGRATE.command, timeout=800)
     assert "moved: every workload is of the default mode" in said
     made = weak.get("configmaps", "-n", NAMESPACE, "-l", "mantle.dev/tls=migration")["items"]
     assert not made, [config["metadata"]["name"] for config in made]
